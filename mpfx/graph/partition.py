@@ -1,0 +1,265 @@
+"""Cuts a traced graph into blocks that run one after the other, and runs them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from mpfx.graph.live import TraceRecord, live_module, node_info, record_of
+
+OUTPUT = "output"
+"""The key under which `run_block` returns the result of the last block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One part of a traced graph.
+
+    Attributes:
+        index: Position in the order of execution.
+        name: Path of the repeated module (``model.layers.3``), or ``prefix``, ``between.N``, ``suffix`` for what
+            lies around these, or ``part.N`` where the model repeats no module.
+        module: Runs the part on the model's own children, called with the values in `needs` by name. Returns a
+            dict of the values that later blocks need; the last block returns the result of the whole graph.
+        needs: Names of the values that it reads: placeholders of the whole graph, or results of earlier blocks.
+        sites: Paths of the linear layers that it calls, in order.
+        is_last: Whether it returns the result of the whole graph.
+        repeated: Whether it is a unit for sequential solving, as opposed to what lies around these.
+    """
+
+    index: int
+    name: str
+    module: fx.GraphModule
+    needs: tuple[str, ...]
+    sites: tuple[str, ...]
+    is_last: bool
+    repeated: bool
+
+
+@dataclass
+class _Part:
+    """A run of nodes, and the path of the repeated module that they belong to."""
+
+    label: str | None
+    nodes: list[fx.Node]
+
+
+def blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
+    """Cut a traced graph into blocks that cover it in order.
+
+    The cuts are at the children of the outermost lists of modules with linear layers inside; in a model without
+    such lists, wherever only one value is handed on. All calls of one linear layer lie in one block, and so do
+    all writes to memory that other blocks read.
+
+    Raises:
+        TypeError: If the graph was not made by `trace`.
+    """
+    record = record_of(gm)
+    return record.cached("blocks", gm.graph, lambda: tuple(_cut(gm, record)))
+
+
+def run_block(block: Block, env: Mapping[str, Any], later: Sequence[Block]) -> dict[str, Any]:
+    """Run one block on the values of one batch.
+
+    To stream batches, start with ``env = bind_inputs(gm, args, kwargs)`` for each of them, and for every block
+    replace each env by the result before going on to the next block.
+
+    Args:
+        block: The block to run.
+        env: The values known so far, by name.
+        later: The blocks that will still run, ``blocks(gm)[block.index + 1:]``.
+
+    Returns:
+        The values that the later blocks need; after the last block the model's result under ``"output"``.
+
+    Raises:
+        KeyError: If ``env`` lacks a value that the block reads.
+    """
+    result = block.module(**{name: env[name] for name in block.needs})
+    if block.is_last:
+        return {OUTPUT: result}
+    known = {**env, **result}
+    needed = dict.fromkeys(name for other in later for name in other.needs)
+    return {name: known[name] for name in needed if name in known}
+
+
+def _cut(gm: fx.GraphModule, record: TraceRecord) -> Iterator[Block]:
+    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    labels = _repeated_children(record)
+    parts = _split_at_children(nodes, labels) if labels else _split_at_bottlenecks(gm, record, nodes)
+    parts = list(_merge(parts, _unbreakable(parts, record, gm.graph)))
+    for index, (part, name) in enumerate(zip(parts, _names(parts, bool(labels)), strict=True)):
+        module = _part_module(gm, record, part, is_last=index + 1 == len(parts))
+        yield Block(
+            index=index,
+            name=name,
+            module=module,
+            needs=tuple(str(n.target) for n in module.graph.find_nodes(op="placeholder")),
+            sites=tuple(dict.fromkeys(_sites_called(part, record))),
+            is_last=index + 1 == len(parts),
+            repeated=part.label is not None or not labels,
+        )
+
+
+def _sites_called(part: _Part, record: TraceRecord) -> Iterator[str]:
+    return (str(n.target) for n in part.nodes if n.op == "call_module" and n.target in record.linears)
+
+
+# Where to cut
+
+
+def _repeated_children(record: TraceRecord) -> set[str]:
+    """Paths of the children of the outermost lists of modules that have linear layers or experts inside."""
+    heavy = record.linears.keys() | record.experts
+    labels: set[str] = set()
+    for path, module in record.model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(_inside(path, label) for label in labels):
+            children = {f"{path}.{name}".lstrip("."): child for name, child in module.named_children()}
+            deep = {p: c for p, c in children.items() if any(h.startswith(p + ".") for h in heavy)}
+            if isinstance(module, nn.Sequential):  # a plain chain repeats only what is of one kind
+                deep = {p: c for p, c in deep.items() if sum(type(o) is type(c) for o in deep.values()) > 1}
+            if len(deep) > 1 and not heavy & children.keys():
+                labels |= deep.keys()
+    return labels
+
+
+def _inside(path: str, label: str) -> bool:
+    return path == label or path.startswith(label + ".")
+
+
+def _split_at_children(nodes: Sequence[fx.Node], labels: set[str]) -> list[_Part]:
+    """A part for every run of nodes made inside one labelled module, and for what lies between."""
+    parts = [_Part(None, [])]
+    for node in nodes:
+        label = next((path for path in node_info(node).stack if path in labels), None)
+        # Functions between two labelled modules stay with the first, so that only modules open a part.
+        if (label or node.op == "call_module") and label != parts[-1].label:
+            if parts[-1].nodes:
+                parts.append(_Part(label, []))
+            parts[-1].label = label
+        parts[-1].nodes.append(node)
+    return parts
+
+
+def _split_at_bottlenecks(gm: fx.GraphModule, record: TraceRecord, nodes: Sequence[fx.Node]) -> list[_Part]:
+    """Cut after a node that is the only live value which depends on data, with linear layers on both sides."""
+    order = {node: i for i, node in enumerate(nodes)}
+    last_use = {n: max((order.get(u, len(nodes)) for u in n.users), default=-1) for n in gm.graph.nodes}
+    data = {n for n in gm.graph.find_nodes(op="placeholder") if _is_float(n)}
+    work_left = sum(_is_heavy(n, record) for n in nodes)
+    parts, live, work = [_Part(None, [])], set(data), 0
+    for i, node in enumerate(nodes):
+        parts[-1].nodes.append(node)
+        if node.op == "call_module" or any(a in data for a in node.all_input_nodes):
+            data.add(node)
+            live.add(node)
+        live = {n for n in live if last_use[n] > i}
+        work += _is_heavy(node, record)
+        work_left -= _is_heavy(node, record)
+        if work and work_left and live == {node}:
+            parts.append(_Part(None, []))
+            work = 0
+    return parts
+
+
+def _is_float(node: fx.Node) -> bool:
+    dtype = node_info(node).dtype
+    return dtype is not None and dtype.is_floating_point
+
+
+def _is_heavy(node: fx.Node, record: TraceRecord) -> bool:
+    return node.op == "call_module" and (node.target in record.linears or node.target in record.experts)
+
+
+# Where not to cut
+
+
+def _unbreakable(parts: Sequence[_Part], record: TraceRecord, graph: fx.Graph) -> Iterator[tuple[int, int]]:
+    """Ranges (first, last) of parts that must stay together."""
+    callers = defaultdict(set)
+    for i, part in enumerate(parts):
+        for path in _sites_called(part, record):
+            if record.linears[path].dense_reason is None:
+                callers[path].add(i)
+    yield from ((min(used), max(used)) for used in callers.values())
+    yield from _writes_across(parts, graph)
+
+
+def _writes_across(parts: Sequence[_Part], graph: fx.Graph) -> Iterator[tuple[int, int]]:
+    """Ranges in which memory made in one part is written in another and read, as it was made, in a third.
+
+    A block may run several times on the same inputs, so it writes to a copy of these (see `_part_module`): the
+    write would be lost for whoever reads the original.
+    """
+    home = {node: i for i, part in enumerate(parts) for node in part.nodes}
+    made = defaultdict(list)
+    for node in graph.nodes:
+        if node_info(node).storage is not None and node.op != "get_attr":
+            made[node_info(node).storage].append(node)
+    for j, part in enumerate(parts):
+        for storage in {s for node in part.nodes for s in node_info(node).mutates}:
+            early = [n for n in made[storage] if home.get(n, 0) < j]
+            readers = [home.get(u, len(parts) - 1) for n in early for u in n.users]
+            if any(reader > j for reader in readers):
+                yield min(home.get(n, 0) for n in early), max(readers)
+
+
+def _merge(parts: Sequence[_Part], ranges: Iterable[tuple[int, int]]) -> Iterator[_Part]:
+    joined = {i for first, last in ranges for i in range(first, last)}  # i and i + 1 stay together
+    current = _Part(None, [])
+    for i, part in enumerate(parts):
+        current = _Part(current.label or part.label, current.nodes + part.nodes)
+        if i not in joined:
+            yield current
+            current = _Part(None, [])
+
+
+def _names(parts: Sequence[_Part], has_labels: bool) -> Iterator[str]:
+    used: dict[str, int] = defaultdict(int)
+    for i, part in enumerate(parts):
+        if part.label is not None:
+            name = part.label
+        elif not has_labels:
+            name = f"part.{i}"
+        else:
+            name = "prefix" if i == 0 else "suffix" if i + 1 == len(parts) else f"between.{i}"
+        used[name] += 1
+        yield name if used[name] == 1 else f"{name}:{used[name]}"  # a module list that is run through twice
+
+
+# The graph of a part
+
+
+def _part_module(gm: fx.GraphModule, record: TraceRecord, part: _Part, is_last: bool) -> fx.GraphModule:
+    """The graph of one part. Inputs that it writes to are copied first, so that it can run on them again."""
+    graph, inside, output = fx.Graph(), set(part.nodes), gm.graph.output_node()
+    written = {storage for node in part.nodes for storage in node_info(node).mutates}
+    outer = [*part.nodes, output] if is_last else part.nodes
+    inputs = list(dict.fromkeys(a for node in outer for a in node.all_input_nodes if a not in inside))
+    copies = {a: graph.placeholder(_name(a)) for a in inputs if a.op != "get_attr"}
+    for node in inputs:
+        if node.op == "get_attr":
+            copies[node] = graph.node_copy(node)
+        elif node_info(node).storage in written:
+            copies[node] = graph.call_method("clone", (copies[node],))
+    for node in part.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    result = output.args[0] if is_last else _handed_on(part, inside)
+    graph.output(fx.node.map_arg(result, lambda n: copies[n]))
+    return live_module(record.model, graph, record.constants)
+
+
+def _handed_on(part: _Part, inside: set[fx.Node]) -> dict[str, fx.Node]:
+    return {
+        _name(node): node
+        for node in part.nodes
+        if node.op != "get_attr" and any(user not in inside for user in node.users)
+    }
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "placeholder" else node.name

@@ -1,0 +1,24 @@
+"""Packed weights: their layout, their bits, and the module that runs them."""
+
+from mpfx.nn.layout import PANEL, RAW_BITS, SEGMENT, WIDTHS, Bytes, Layout, Span, permutation_bytes, stored_bytes
+from mpfx.nn.packed import MixedPrecisionLinear, pack_permutation
+from mpfx.nn.packing import PackedWeight, QuantizedWeight, pack, unpack, validate
+
+__all__ = [
+    "PANEL",
+    "RAW_BITS",
+    "SEGMENT",
+    "WIDTHS",
+    "Bytes",
+    "Layout",
+    "MixedPrecisionLinear",
+    "PackedWeight",
+    "QuantizedWeight",
+    "Span",
+    "pack",
+    "pack_permutation",
+    "permutation_bytes",
+    "stored_bytes",
+    "unpack",
+    "validate",
+]

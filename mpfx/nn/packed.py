@@ -1,0 +1,100 @@
+"""The module that runs a packed weight."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpfx.nn.layout import permutation_bytes
+from mpfx.nn.packing import PackedWeight, unpack
+
+
+def pack_permutation(order: Tensor) -> Tensor:
+    """Store a permutation of the channels in as few bytes as its length allows: uint16, or int32 from 65537 on."""
+    dtype = torch.uint16 if order.numel() <= 1 << 16 else torch.int32
+    packed = order.to(dtype)
+    assert packed.nbytes == permutation_bytes(order.numel())
+    return packed
+
+
+class MixedPrecisionLinear(nn.Module):
+    """A Linear layer over a :class:`PackedWeight`: any mix of widths, optional bitmask, optional channel order.
+
+    Eager PyTorch: it unpacks the weight for every call, on any device and in any floating dtype of the input.
+
+    Args:
+        weight: packed, its channels in sweep order.
+        permutation: integers ``(in,)``; channel ``permutation[k]`` of the input meets channel k of the weight. The
+            sites of an input group hand over one and the same tensor. None: the order is the input's own.
+        bias: ``(out,)`` or None.
+        dtype: of the layer that this one stands for, what ``weight`` is returned in.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    mask: Tensor | None
+    widths: Tensor
+    permutation: Tensor | None
+    bias: nn.Parameter | None
+    _dtype: Tensor
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        *,
+        permutation: Tensor | None = None,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.layout = weight.layout
+        self.in_features, self.out_features = weight.layout.in_features, weight.out_features
+        for name in ("codes", "scales", "zeros", "mask", "widths"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("permutation", permutation)
+        self.register_parameter("bias", bias)
+        # Holds no element; its dtype follows `.to(dtype)`, which must not touch the scales.
+        self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=weight.codes.device), persistent=False)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed tensors."""
+        return PackedWeight(self.codes, self.scales, self.zeros, self.mask, self.widths, self.layout)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What ``weight`` is returned in: the dtype of the layer that this one stands for."""
+        return self._dtype.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``(out, in)`` in the input's own channel order; made anew at every access."""
+        ordered = unpack(self.packed).dequantize().to(self.weight_dtype)
+        if self.permutation is None:
+            return ordered
+        return torch.empty_like(ordered).index_copy_(1, self.permutation.long(), ordered)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(..., in)``; returns ``(..., out)``."""
+        if self.permutation is not None:
+            x = x.index_select(-1, self.permutation.to(torch.int32))
+        return nn.functional.linear(x, unpack(self.packed).dequantize().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear shows them, and the code bits."""
+        sparse = "" if self.mask is None else ", sparse"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"code_bits={self.layout.code_bits:.2f}{sparse}"
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A change of dtype (`.half()`, `.to(torch.bfloat16)`) is meant for computing; the stored scales stay what
+        # they are.
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
+        return self

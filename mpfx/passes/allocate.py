@@ -1,0 +1,202 @@
+"""Decide the bits of every channel."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, fx
+
+from mpfx.allocate import GroupPlan, budget, fixed, importance, quantile, signals, stored_bits_per_weight, threshold
+from mpfx.graph import InputGroup, blocks, linear_weight
+from mpfx.nn.layout import RAW_BITS, SEGMENT, WIDTHS
+from mpfx.passes.base import PassResult
+from mpfx.passes.config import CompressionConfig
+from mpfx.passes.locate import GROUP, annotated, located
+from mpfx.solve import factorise
+from mpfx.stats import Moments
+
+PLAN = "mpfx_plan"
+"""Key of ``node.meta`` under which a group's first site holds its :class:`mpfx.allocate.GroupPlan`."""
+
+logger = logging.getLogger("mpfx.allocate")
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Annotate every located input group with its plan.
+
+    Args:
+        config: strategy, size and all that goes with them.
+        moments: of the dense model's inputs, by name of the input group; empty for strategies that score nothing.
+    """
+
+    config: CompressionConfig
+    moments: Mapping[str, Moments]
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Groups are located, and observed where the strategy needs it."""
+        groups = located(gm)
+        if not groups:
+            raise ValueError("Expected located sites: run LocateSites before.")
+        if self.config.scored and (lacking := [g.name for g in groups if g.name not in self.moments]):
+            raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Annotate."""
+        plans: dict[str, GroupPlan] = {}
+        for target, groups in domains(gm, self.config):
+            scores = {g.name: self._score(gm, g) for g in groups} if self.config.scored else {}
+            drafts = [Draft(self.config, g, scores.get(g.name)) for g in groups]
+            plans.update({plan.name: plan for plan in allocate(drafts, target, self.config)})
+        for node in annotated(gm, GROUP):
+            node.meta[PLAN] = plans[node.meta[GROUP].name]
+        return PassResult(gm, modified=False)
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        """A stored budget is never exceeded by a strategy that can keep it."""
+        if self.config.code_bits is not None or self.config.allocation not in ("fixed", "budget"):
+            return
+        plans = {node.meta[PLAN].name: node.meta[PLAN] for node in annotated(gm, PLAN)}
+        for target, groups in domains(gm, self.config):
+            stored = stored_bits_per_weight([plans[g.name] for g in groups])
+            if stored > target:
+                raise ValueError(f"the plan stores {stored:.4f} bits per weight, above the {target:g} asked for.")
+
+    def _score(self, gm: fx.GraphModule, group: InputGroup) -> Tensor:
+        weight = torch.cat([linear_weight(gm.get_submodule(s.path)).detach().float() for s in group.sites])
+        moments = self.moments[group.name]
+        factor = factorise(moments.hessian, self.config.damping)
+        parts = signals(weight, moments, factor.inverse_diagonal)
+        score = importance(parts, self.config.importance)
+        for name, part in (*parts.items(), ("importance", score)):
+            logger.debug("%s: %s %.4g .. %.4g", group.name, name, float(part.min()), float(part.max()))
+        return score
+
+
+def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
+    """Refuse a stored budget that no plan can keep, before any work is done.
+
+    Raises:
+        ValueError: with the size asked for and the feasible range.
+    """
+    if config.code_bits is not None or config.allocation not in ("fixed", "budget"):
+        return
+    for target, groups in domains(gm, config):
+        widths = (*WIDTHS, RAW_BITS) if config.allocation == "fixed" else config.tiers.widths
+        drafts = [Draft(config, group, None) for group in groups]
+        least, most = (
+            stored_bits_per_weight([d.plan(torch.full((d.segments,), w)) for d in drafts]) for w in (widths[0], widths[-1])
+        )
+        if target < least:
+            raise ValueError(
+                f"Expected `bits_per_weight` of at least {least:.3f} (up to {most:.3f} is of use) for these sites with "
+                f"allocation {config.allocation}, groups of {config.grid.group_size} and sparsity {config.pattern} but "
+                f"got {target:g}."
+            )
+
+
+def domains(gm: fx.GraphModule, config: CompressionConfig) -> list[tuple[float, list[InputGroup]]]:
+    """Input groups that share one budget, with that budget; in graph order.
+
+    Raises:
+        ValueError: if a pattern of ``block_bits`` matches no block.
+    """
+    names = {block.index: block.name for block in blocks(gm)}
+    groups = located(gm)
+    used = {names[g.block] for g in groups if g.block is not None}
+    for pattern in config.block_bits:
+        if not any(fnmatchcase(name, pattern) for name in used):
+            raise ValueError(f"Expected `block_bits` to match blocks but {pattern!r} matches none of {sorted(used)}.")
+    shared: dict[str | None, list[InputGroup]] = {}
+    for group in groups:
+        name = "" if group.block is None else names[group.block]
+        key = next((pattern for pattern in config.block_bits if fnmatchcase(name, pattern)), None)
+        shared.setdefault(key, []).append(group)
+    return [(config.target if key is None else config.block_bits[key], members) for key, members in shared.items()]
+
+
+class Draft:
+    """An input group on the way to its plan: its segments, ranked by score.
+
+    Channels are ranked by their score and cut into segments of 32; a segment's score is the mean of its channels'.
+    """
+
+    def __init__(self, config: CompressionConfig, group: InputGroup, score: Tensor | None) -> None:
+        self.config, self.group = config, group
+        self.channels = group.sites[0].in_features
+        self.segments = -(-self.channels // SEGMENT)
+        self.order = torch.arange(self.channels) if score is None else score.cpu().argsort(descending=True, stable=True)
+        flat = torch.ones(self.channels) if score is None else score.cpu()
+        self.scores = torch.stack([part.mean() for part in flat[self.order].split(SEGMENT)])
+
+    @property
+    def numel(self) -> int:
+        """Weights of the group."""
+        return self.channels * sum(site.out_features for site in self.group.sites)
+
+    def plan(self, segment_bits: Tensor) -> GroupPlan:
+        """Give every channel the bits of its segment, ``(segments,)``."""
+        bits = torch.empty(self.channels, dtype=torch.uint8)
+        bits[self.order] = segment_bits.repeat_interleave(SEGMENT)[: self.channels].to(torch.uint8)
+        return GroupPlan(
+            name=self.group.name,
+            rows={site.path: site.out_features for site in self.group.sites},
+            bits=bits,
+            sparsity=self.config.pattern,
+            activation_order=self.config.activation_order,
+            grid=self.config.grid,
+        )
+
+
+def allocate(drafts: Sequence[Draft], target: float, config: CompressionConfig) -> list[GroupPlan]:
+    """Plan the groups that share one budget.
+
+    Args:
+        drafts: the groups.
+        target: stored bits per weight, or average code bits, as the config says.
+        config: strategy and widths.
+    """
+    if config.allocation == "threshold":
+        return [draft.plan(threshold(draft.scores, config.threshold)) for draft in drafts]
+    if config.allocation == "quantile":
+        return [draft.plan(quantile(draft.scores, config.tiers)) for draft in drafts]
+    if config.allocation == "budget":
+        return _within(lambda bits: _spread(drafts, bits, config.tiers.widths), target, config)
+    widths = [float(w) for w in (RAW_BITS, *reversed(WIDTHS))] if config.code_bits is None else [target]
+    plans: list[GroupPlan] = []
+    for bits in widths:
+        plans = [draft.plan(fixed(draft.scores, int(bits))) for draft in drafts]
+        if config.code_bits is not None or stored_bits_per_weight(plans) <= target:
+            break
+    return plans
+
+
+def _spread(drafts: Sequence[Draft], target: float, widths: Sequence[int]) -> list[GroupPlan]:
+    """Meet an average of code bits over all groups; what segments leave over in one group is handed to the next."""
+    plans, spare = [], 0.0
+    for draft in drafts:
+        goal = min(max(target + spare / draft.numel, widths[0]), widths[-1])
+        plan = draft.plan(budget(draft.scores, goal, widths))
+        spare += (target - plan.code_bits) * draft.numel
+        plans.append(plan)
+    return plans
+
+
+def _within(
+    spread: Callable[[float], list[GroupPlan]], target: float, config: CompressionConfig
+) -> list[GroupPlan]:
+    """Bisect the code bits until the stored bits meet the target from below."""
+    if config.code_bits is not None:
+        return spread(target)
+    low, high = float(config.tiers.widths[0]), float(config.tiers.widths[-1])
+    best = spread(low)
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        plans = spread(middle)
+        if stored_bits_per_weight(plans) <= target:
+            low, best = middle, plans
+        else:
+            high = middle
+    return best

@@ -1,0 +1,117 @@
+"""What a compression is asked to do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mpfx.allocate.importance import ImportanceConfig
+from mpfx.allocate.strategies import ThresholdConfig, TierConfig
+from mpfx.nn.layout import RAW_BITS, WIDTHS
+from mpfx.solve.grid import GridConfig
+from mpfx.solve.mask import Sparsity
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How to compress; a size has to be given, all else has defaults.
+
+    Args:
+        bits_per_weight: stored bits per compressed weight, everything counted (codes, scales, zeros, masks, permutations,
+            padding). Never exceeded. Give this or `code_bits`.
+        code_bits: average nominal width of the codes alone. Give this or `bits_per_weight`. With `fixed` a whole number
+            from 1 to 8, or 16: keep float16 values and only prune. `threshold` and `quantile` set the average by their own
+            tiers: they win over either size, and the report states both.
+        allocation: who gets how many bits. fixed: one width; threshold, quantile, budget: tiers by importance.
+        sparsity: fraction of the weights to prune (0.5), or n of m kept ("2:4"); null: none.
+        importance: weights of the five signals.
+        tiers: widths and quantiles of `quantile`; `budget` uses the widths.
+        threshold: thresholds and widths of `threshold`.
+        block_bits: other budgets for some blocks, in the unit of the one above: from a pattern of block names
+            (`model.layers.0`, `*.29`) to bits. For `fixed` and `budget`.
+        grid: scales and zero points.
+        damping: fraction of the mean diagonal added to every Hessian; raised by itself where it does not do, and reported.
+        order: order of the sweep. activation: largest inputs first; natural: as they come (no permutation to store, if
+            all widths are equal); auto: natural where weights are pruned without a pattern, else activation.
+        dense: patterns of module paths that stay as they are.
+        compress_head: also compress the output head; one that is tied to the embedding always stays dense.
+    """
+
+    bits_per_weight: float | None = None
+    code_bits: float | None = None
+    allocation: Literal["fixed", "threshold", "quantile", "budget"] = "fixed"
+    sparsity: float | str | None = None
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    tiers: TierConfig = field(default_factory=TierConfig)
+    threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
+    block_bits: Mapping[str, float] = field(default_factory=dict)
+    grid: GridConfig = field(default_factory=GridConfig)
+    damping: float = 0.01
+    order: Literal["auto", "activation", "natural"] = "auto"
+    dense: tuple[str, ...] = ()
+    compress_head: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.bits_per_weight is None) == (self.code_bits is None):
+            given = "neither" if self.code_bits is None else f"both ({self.bits_per_weight} and {self.code_bits})"
+            raise ValueError(
+                "Expected exactly one of `bits_per_weight` (stored, everything counted) and `code_bits` (average width "
+                f"of the codes alone) but got {given}."
+            )
+        if self.allocation not in ("fixed", "threshold", "quantile", "budget"):
+            raise ValueError(
+                f"Expected `allocation` to be fixed, threshold, quantile or budget but got {self.allocation!r}."
+            )
+        if self.order not in ("auto", "activation", "natural"):
+            raise ValueError(f"Expected `order` to be auto, activation or natural but got {self.order!r}.")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"Expected `damping` to be above 0 and at most 1 but got {self.damping}.")
+        if self.block_bits and self.allocation not in ("fixed", "budget"):
+            raise ValueError(f"Expected no `block_bits` with allocation {self.allocation}, whose tiers set the bits.")
+        self.pattern  # noqa: B018  (parsing refuses what is not a sparsity)
+        self._check_bits("bits_per_weight" if self.code_bits is None else "code_bits", self.target)
+        for name, bits in self.block_bits.items():
+            self._check_bits(f"block_bits.{name}", bits)
+
+    def _check_bits(self, name: str, bits: float) -> None:
+        if self.code_bits is None:
+            if not 0.5 < bits <= 32:
+                raise ValueError(f"Expected `{name}` to be stored bits between 0.5 and 32 but got {bits}.")
+        elif self.allocation == "fixed" and bits not in (*WIDTHS, RAW_BITS):
+            raise ValueError(
+                f"Expected `{name}` to be a whole number from 1 to 8, or 16, with allocation fixed but got {bits}; "
+                "for an average in between use allocation budget."
+            )
+        elif self.allocation == "budget" and not self.tiers.widths[0] <= bits <= self.tiers.widths[-1]:
+            raise ValueError(
+                f"Expected `{name}` to lie between the least and the largest of `tiers.widths` "
+                f"{list(self.tiers.widths)} with allocation budget but got {bits}."
+            )
+        elif not 0 < bits <= RAW_BITS:
+            raise ValueError(f"Expected `{name}` to be above 0 and at most 16 but got {bits}.")
+
+    @property
+    def target(self) -> float:
+        """The size that was asked for, in whichever unit."""
+        size = self.bits_per_weight if self.code_bits is None else self.code_bits
+        assert size is not None
+        return size
+
+    @property
+    def pattern(self) -> Sparsity:
+        """The parsed sparsity."""
+        return Sparsity.parse(self.sparsity)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the allocation needs importance scores, hence statistics of the dense model."""
+        return self.allocation != "fixed"
+
+    @property
+    def activation_order(self) -> bool:
+        """Whether the largest inputs are swept first within a width.
+
+        Measured: for rounding alone it helps; an unstructured mask, chosen panel by panel, it hurts.
+        """
+        if self.order == "auto":
+            return not self.pattern or bool(self.pattern.group_m)
+        return self.order == "activation"

@@ -1,0 +1,106 @@
+"""Uniform grids: fit a scale and a zero point per row to a group of channels, round to it, read it back.
+
+Everything here is *channels first*, ``(channels, rows)``: the sweep walks channels, and a channel is then contiguous.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SHRINKS = tuple(1 - step * 0.025 for step in range(24))
+_ERROR_POWER = 2.4  # between squares and worst case, as GPTQ's clip search (Frantar et al., 2023) weighs errors
+_SMALLEST, _LARGEST = 2.0**-24, 65504.0  # positive float16 values
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """How grids are fitted.
+
+    Args:
+        group_size: channels that share one scale and zero point per output row, a multiple of 32. null: one scale
+            per row and bit width.
+        symmetric: the zero point is the middle code and is not stored.
+        clip_search: try 24 shrunken ranges and keep the one with the least error, instead of min and max.
+    """
+
+    group_size: int | None = 64
+    symmetric: bool = False
+    clip_search: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and (self.group_size < 32 or self.group_size % 32):
+            raise ValueError(
+                f"Expected `group_size` to be null or a positive multiple of 32 but got {self.group_size}."
+            )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid per row.
+
+    Attributes:
+        scale: step between two codes, a float16 value held in float32, ``(rows,)``.
+        zero: code of the value 0, an integer held in float32, ``(rows,)``.
+        bits: code width; codes are ``0 .. 2**bits - 1``.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Round ``(..., rows)`` to the nearest codes, held in float32."""
+        return (weight / self.scale).round_().add_(self.zero).clamp_(0, (1 << self.bits) - 1)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of codes ``(..., rows)``; exact in float32, so that packed weights read back the same."""
+        return (codes - self.zero).mul_(self.scale)
+
+
+def fit_grid(weight: Tensor, bits: int, config: GridConfig) -> Grid:
+    """Fit one grid per row.
+
+    Args:
+        weight: ``(channels, rows)`` float32, zero where pruned. The range always holds 0, so pruning does not widen it.
+        bits: code width, 1..8.
+        config: symmetric or not, clip search or not.
+
+    Returns:
+        The grid; its scales are float16 values already, so that what is solved is what is stored.
+
+    Raises:
+        ValueError: if weights are so large that no float16 scale can hold them.
+    """
+    low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
+    if config.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    empty = high == low
+    span = torch.where(empty, 1.0, high - low)
+    top = (1 << bits) - 1
+    zero = torch.full_like(span, 1 << (bits - 1)) if config.symmetric else (-low / span * top).round_()
+    best = Grid(_float16(span / top), zero, bits)
+    if not config.clip_search:
+        return best
+    least = _error(weight, best)
+    for shrink in _SHRINKS[1:]:
+        trial = Grid(_float16(span * (shrink / top)), zero, bits)
+        error = _error(weight, trial)
+        best = Grid(torch.where(error < least, trial.scale, best.scale), zero, bits)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _error(weight: Tensor, grid: Grid) -> Tensor:
+    off = grid.dequantize(grid.quantize(weight)).sub_(weight).abs_()
+    return off.pow_(_ERROR_POWER).sum(0)
+
+
+def _float16(scale: Tensor) -> Tensor:
+    if not bool((scale <= _LARGEST).all()):
+        raise ValueError(
+            f"weights need a quantization step of {scale.max():.3g}, but a float16 scale holds at most {_LARGEST:g}: "
+            "the layer's weights are damaged or not normalised; leave the site dense (`dense`) or rescale it."
+        )
+    return scale.clamp(min=_SMALLEST).half().float()

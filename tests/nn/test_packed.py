@@ -1,0 +1,60 @@
+"""The packed module against a dense Linear."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, pack, pack_permutation, unpack
+from mpfx.solve import GridConfig, Sparsity, sweep
+
+
+def packed_weight(rows: int = 24, channels: int = 100, sparsity: str | None = None) -> PackedWeight:
+    weight = torch.randn(rows, channels, generator=torch.Generator().manual_seed(3))
+    layout = Layout(channels, (8, 6, 3, 2), 64)
+    return pack(sweep(weight, torch.eye(channels), layout, GridConfig(), Sparsity.parse(sparsity)))
+
+
+@pytest.mark.parametrize("sparsity", [None, "0.5", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(100,), (5, 100), (2, 3, 100), (0, 100)])
+def test_runs_as_the_dense_layer_does(sparsity: str | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = packed_weight(sparsity=sparsity)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    bias = nn.Parameter(torch.randn(24))
+    module = MixedPrecisionLinear(weight, permutation=pack_permutation(order), bias=bias).to(dtype)
+    dense = torch.empty(24, 100).index_copy_(1, order, unpack(weight).dequantize()).to(dtype)
+    assert torch.equal(module.weight, dense)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = nn.functional.linear(x, dense, bias.to(dtype))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance * 10)
+    assert module(x).dtype == dtype
+
+
+def test_a_change_of_dtype_leaves_the_stored_weight_alone() -> None:
+    module = MixedPrecisionLinear(packed_weight(), bias=nn.Parameter(torch.zeros(24)))
+    before = module.weight
+    moved = copy.deepcopy(module).to(torch.bfloat16)
+    assert moved.scales.dtype == torch.float16
+    assert moved.weight.dtype == moved.weight_dtype == torch.bfloat16
+    assert moved.bias is not None
+    assert moved.bias.dtype == torch.bfloat16
+    assert torch.equal(moved.float().weight, before)
+
+
+def test_state_dict_round_trip() -> None:
+    module = MixedPrecisionLinear(packed_weight(sparsity="0.5"), permutation=pack_permutation(torch.arange(100)))
+    other = copy.deepcopy(module)
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.weight, module.weight)
+    assert set(module.state_dict()) == {"codes", "scales", "zeros", "mask", "widths", "permutation"}
+
+
+def test_large_permutations_are_kept_whole() -> None:
+    assert pack_permutation(torch.arange(65536)).dtype == torch.uint16
+    assert pack_permutation(torch.arange(65536)).long().max() == 65535
+    assert pack_permutation(torch.arange(65537)).dtype == torch.int32

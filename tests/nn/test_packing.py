@@ -1,0 +1,120 @@
+"""Packing: exact round trips, and the bits where the format says they are."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpfx.nn import Layout, QuantizedWeight, pack, stored_bytes, unpack, validate
+from mpfx.nn.packing import pack_codes, unpack_codes
+
+ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def random_weight(layout: Layout, rows: int, *, symmetric: bool = False, density: float = 1.0) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(rows)
+    columns = [
+        torch.randint(0, 2**run.bits if run.bits < 16 else 0x7000, (rows, run.channels), generator=generator)
+        for run in layout.runs
+    ]
+    grids = [group.bits for group in layout.groups if group.quantized]
+    zeros = [torch.randint(0, 2**bits, (rows,), generator=generator) for bits in grids]
+    kept = torch.rand(rows, layout.in_features, generator=generator) < density
+    codes = torch.cat(columns, 1).int()
+    return QuantizedWeight(
+        codes=codes if density == 1 else codes * kept,
+        scales=torch.rand(rows, len(grids), generator=generator).half(),
+        zeros=None if symmetric else torch.stack(zeros, 1).to(torch.uint8) if zeros else torch.empty(rows, 0).byte(),
+        kept=None if density == 1 else kept,
+        layout=layout,
+    )
+
+
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100])
+def test_codes_round_trip(bits: int, count: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, count), generator=torch.Generator().manual_seed(bits))
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (3, -(-count // 32) * bits)
+    assert torch.equal(unpack_codes(packed, bits, count), codes.int())
+
+
+def bit(packed: Tensor, index: int) -> int:
+    return int(packed[index // 32]) >> (index % 32) & 1
+
+
+@pytest.mark.parametrize(("bits", "planes"), [(3, (2, 1)), (4, (4,)), (7, (4, 2, 1)), (16, (8, 8))])
+def test_bits_lie_where_the_format_says(bits: int, planes: tuple[int, ...]) -> None:
+    codes = torch.randint(0, 2**bits, (32,), generator=torch.Generator().manual_seed(1))
+    packed = pack_codes(codes, bits)
+    for k, code in enumerate(codes.tolist()):
+        low, start = 0, 0
+        for size in planes:
+            for i in range(size):
+                assert bit(packed, start + k * size + i) == code >> (low + i) & 1
+            low, start = low + size, start + 32 * size
+
+
+@pytest.mark.parametrize("widths", [(b,) * 4 for b in ALL_WIDTHS] + [(8, 7, 6, 5), (4, 3, 2, 1), (16, 4, 16, 4)], ids=str)
+@pytest.mark.parametrize("channels", [128, 101])
+@pytest.mark.parametrize("rows", [1, 32, 45])
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.0])
+def test_weights_round_trip_exactly(widths: tuple[int, ...], channels: int, rows: int, density: float) -> None:
+    weight = random_weight(Layout(channels, widths, 64), rows, density=density)
+    packed = pack(weight)
+    validate(packed)
+    back = unpack(packed)
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(back.scales, weight.scales)
+    assert weight.zeros is not None
+    assert back.zeros is not None
+    assert torch.equal(back.zeros, weight.zeros)
+    assert (back.kept is None) == (weight.kept is None)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+    if weight.kept is not None:
+        assert back.kept is not None
+        assert torch.equal(back.kept, weight.kept)
+        assert bool((back.dequantize()[~weight.kept] == 0).all())
+        assert packed.sparsity == pytest.approx(1 - float(weight.kept.float().mean()))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_bytes_are_those_predicted(symmetric: bool, density: float) -> None:
+    layout = Layout(203, (16, 5, 5, 4, 3, 3, 1), 64)
+    weight = random_weight(layout, 50, symmetric=symmetric, density=density)
+    kept = weight.kept
+    counts = None if kept is None else tuple(int(kept[:, run.start : run.stop].sum()) for run in layout.runs)
+    assert pack(weight).nbytes == stored_bytes(layout, 50, symmetric=symmetric, kept=counts).total
+
+
+def test_dequantized_values_by_hand() -> None:
+    layout = Layout(3, (2,), 64)
+    weight = QuantizedWeight(
+        codes=torch.tensor([[0, 3, 1]], dtype=torch.int32),
+        scales=torch.tensor([[0.5]]).half(),
+        zeros=torch.tensor([[1]], dtype=torch.uint8),
+        kept=torch.tensor([[True, True, False]]),
+        layout=layout,
+    )
+    assert weight.dequantize().tolist() == [[-0.5, 1.0, 0.0]]
+    symmetric = dataclasses.replace(weight, zeros=None, kept=None)
+    assert symmetric.dequantize().tolist() == [[-1.0, 0.5, -0.5]]
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("codes", lambda t: t[:, :-1]),
+        ("codes", lambda t: t.long()),
+        ("scales", lambda t: t.float()),
+        ("scales", lambda t: t[:, :-1]),
+        ("zeros", lambda t: t[:-1]),
+        ("widths", lambda t: t[:-1]),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(field: str, change) -> None:  # type: ignore[no-untyped-def]
+    packed = pack(random_weight(Layout(128, (4, 4, 3, 3), 64), 8))
+    with pytest.raises(ValueError, match=f"Expected `{field}`"):
+        validate(dataclasses.replace(packed, **{field: change(getattr(packed, field))}))

@@ -1,0 +1,64 @@
+"""The factor against the explicit inverse."""
+
+import pytest
+import torch
+
+from mpfx.solve import factorise
+
+
+def hessian(channels: int, tokens: int) -> torch.Tensor:
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    return (2 / tokens * x.t() @ x).float()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_is_the_upper_factor_of_the_damped_inverse(scale: float) -> None:
+    h = hessian(20, 100) * scale
+    factor = factorise(h, 0.02)
+    damped = h.double() + 0.02 * h.diagonal().double().mean() * torch.eye(20, dtype=torch.float64)
+    upper = factor.upper.double()
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(20, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(factor.inverse_diagonal.double(), damped.inverse().diagonal(), rtol=1e-4, atol=0)
+    assert (factor.damping, factor.fallback) == (0.02, None)
+
+
+def test_dead_channels_are_decoupled() -> None:
+    h = hessian(6, 50)
+    h[2], h[:, 2] = 0, 0
+    upper = factorise(h).upper
+    others = [0, 1, 3, 4, 5]
+    assert bool((upper[2, others] == 0).all())
+    assert bool((upper[others, 2] == 0).all())
+
+
+def test_fewer_tokens_than_channels_work() -> None:
+    assert factorise(hessian(64, 8)).fallback is None
+
+
+def test_an_unfactorisable_hessian_climbs_the_ladder_and_says_so() -> None:
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.05]))  # needs more than 0.01 of the mean diagonal
+    factor = factorise(indefinite, 0.01)
+    assert factor.damping == pytest.approx(0.1)
+    assert factor.fallback is not None
+    assert "damping 0.01 in float32" in factor.fallback
+
+
+def test_a_hopeless_hessian_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot be factorised; tried .*float64.*Calibrate on more tokens"):
+        factorise(torch.diag(torch.tensor([10.0, 10.0, -15.0])))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_hessians_are_refused(value: float) -> None:
+    h = hessian(4, 20)
+    h[1, 1] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        factorise(h)
+
+
+def test_no_activation_at_all_is_recorded() -> None:
+    factor = factorise(torch.zeros(3, 3))
+    assert torch.equal(factor.upper, torch.eye(3))
+    assert factor.fallback is not None
+    assert "rounded to nearest" in factor.fallback

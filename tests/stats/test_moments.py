@@ -1,0 +1,71 @@
+"""Accumulated statistics against numpy on all tokens at once."""
+
+import numpy as np
+import pytest
+import torch
+
+from mpfx.stats import MomentAccumulator
+
+
+def tokens(count: int, channels: int = 7) -> torch.Tensor:
+    return torch.randn(count, channels, generator=torch.Generator().manual_seed(count)) * 3 + 1
+
+
+def test_against_numpy() -> None:
+    x = tokens(50)
+    accumulator = MomentAccumulator(7)
+    for part in x.split(13):
+        accumulator.update(part[None])
+    seen = accumulator.finalise()
+    a = x.double().numpy()
+    np.testing.assert_allclose(seen.hessian, 2 / 50 * a.T @ a, rtol=1e-5)
+    np.testing.assert_allclose(seen.mean_abs, np.abs(a).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.mean, a.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(seen.variance, a.var(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.mean_square, (a**2).mean(0), rtol=1e-5)
+    assert seen.tokens == 50
+
+
+def test_merged_equals_seen_at_once() -> None:
+    one, two, both = (MomentAccumulator(7) for _ in range(3))
+    one.update(tokens(20))
+    two.update(tokens(31))
+    both.update(tokens(20))
+    both.update(tokens(31))
+    one.merge(two)
+    torch.testing.assert_close(one.finalise().hessian, both.finalise().hessian)
+    torch.testing.assert_close(one.finalise().variance, both.finalise().variance)
+    assert one.finalise().tokens == 51
+
+
+def test_tokens_of_weight_zero_do_not_count() -> None:
+    x = tokens(10)
+    padded, plain = MomentAccumulator(7), MomentAccumulator(7)
+    padded.update(torch.cat([x, tokens(4) * 100]).view(2, 7, 7), torch.tensor([1] * 10 + [0] * 4).view(2, 7))
+    plain.update(x)
+    torch.testing.assert_close(padded.finalise().hessian, plain.finalise().hessian)
+    torch.testing.assert_close(padded.finalise().mean_abs, plain.finalise().mean_abs)
+    assert padded.finalise().tokens == 10
+
+
+def test_weights_weigh_the_hessian() -> None:
+    x, c = tokens(10), torch.rand(10)
+    accumulator = MomentAccumulator(7)
+    accumulator.update(x, c)
+    torch.testing.assert_close(accumulator.finalise().hessian, 2 / 10 * (x * c[:, None]).t() @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
+    x = tokens(3000).to(dtype)
+    accumulator = MomentAccumulator(7)
+    accumulator.update(x)
+    reference = x.double()
+    torch.testing.assert_close(
+        accumulator.finalise().hessian.double(), 2 / 3000 * reference.t() @ reference, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_no_token_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no token"):
+        MomentAccumulator(3).finalise()
