@@ -20,8 +20,8 @@ class CallRecorder:
 
     Args:
         module: whose calls are recorded.
-        prepare: called once, with the arguments of the first call, before that call runs. Returns the traced module and the
-            input groups to observe (none: only the calls are recorded).
+        prepare: called once, with the arguments of the first call, before that call runs. Returns the traced module
+            and the input groups to observe (none: only the calls are recorded).
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from mpfx.passes import (
     CompressionConfig,
     LocateSites,
     Pack,
+    Pass,
     PruneAndQuantize,
     SolvedGroup,
     check_feasible,
@@ -32,9 +33,10 @@ from mpfx.passes import (
 class ModelCompression(Callback):
     """Turn one ``trainer.validate(module, calibration_data)`` into a compressed model.
 
-    While the loop runs, the callback records the real calls of the target module, traces it at the first one, and gathers the
-    statistics of every input group. When the loop ends it allocates bits, solves block by block and installs the packed
-    modules in the user's own model; the next ``validate`` evaluates the compressed one. Loops after that are left alone.
+    While the loop runs, the callback records the real calls of the target module, traces it at the first one, and
+    gathers the statistics of every input group. When the loop ends it allocates bits, solves block by block and
+    installs the packed modules in the user's own model; the next ``validate`` evaluates the compressed one. Loops
+    after that are left alone.
 
     Args:
         config: what to do.
@@ -86,8 +88,9 @@ class ModelCompression(Callback):
         self.seconds["observe"] = time.perf_counter() - self._started - self.seconds.get("trace", 0.0)
         if recorder.graph_module is None:
             raise RuntimeError(
-                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is nothing "
-                "to trace: name the submodule that `validation_step` calls, as in ModelCompression(config, module='model')."
+                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
+                "nothing to trace: name the submodule that `validation_step` calls, as in "
+                "ModelCompression(config, module='model')."
             )
         with torch.inference_mode(False), torch.no_grad(), self._bar(trainer) as bar:
             self._compress(recorder, trainer, pl_module.device, bar)
@@ -111,8 +114,8 @@ class ModelCompression(Callback):
         except AttributeError:
             names = [name for name, _ in pl_module.named_children()]
             raise ValueError(
-                f"Expected `module` to be the path of a submodule of {type(pl_module).__name__} but got {self.module!r}; "
-                f"its children are {names}."
+                f"Expected `module` to be the path of a submodule of {type(pl_module).__name__} but got "
+                f"{self.module!r}; its children are {names}."
             ) from None
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
@@ -135,7 +138,11 @@ class ModelCompression(Callback):
             on_block=lambda name, share: bar.update(task, completed=share, name=name),
         )
         gm = recorder.graph_module
-        stages = {"allocate": Allocate(self.config, recorder.moments()), "solve": solve, "pack": Pack()}
+        stages: dict[str, Pass] = {
+            "allocate": Allocate(self.config, recorder.moments()),
+            "solve": solve,
+            "pack": Pack(),
+        }
         for name, step in stages.items():
             started = time.perf_counter()
             gm = run_passes(gm, [step])
@@ -146,5 +153,9 @@ class ModelCompression(Callback):
         shown = self.progress and trainer.progress_bar_callback is not None and trainer.is_global_zero
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         return Progress(
-            *columns, TimeElapsedColumn(), TextColumn("{task.fields[name]}"), console=Console(stderr=True), disable=not shown
+            *columns,
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[name]}"),
+            console=Console(stderr=True),
+            disable=not shown,
         )

@@ -1,12 +1,12 @@
 """The layer-level interface of the founding scripts: a thin face over statistics, allocation and sweep.
 
-The class and method names are those of the SparseGPT reference code (Frantar & Alistarh, 2023), which scripts in this shape were
-written against.
+The class and method names are those of the SparseGPT reference code (Frantar & Alistarh, 2023), which scripts in
+this shape were written against.
 """
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from rich.console import Console
@@ -25,7 +25,7 @@ from mpfx.allocate import (
     threshold,
 )
 from mpfx.graph import is_linear, linear_weight
-from mpfx.nn.layout import RAW_BITS, WIDTHS, Layout
+from mpfx.nn import RAW_BITS, WIDTHS, Layout, QuantizedWeight
 from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, sweep
 from mpfx.stats import MomentAccumulator
 
@@ -111,7 +111,8 @@ class QuantizationStats:
         """Print channels per width, then every layer; says where tiers overruled a target average."""
         console = console or Console()
         bits = torch.cat([torch.empty(0, dtype=torch.int64), *(layer.bits for layer in self.layers.values())])
-        widths = Table(title=f"{len(bits)} channels, {self.average_bits:.3f} bits on average", title_justify="left")
+        console.print(f"{len(bits)} channels, {self.average_bits:.3f} bits on average", highlight=False)
+        widths = Table()
         for name in ("bits", "channels", "percent"):
             widths.add_column(name, justify="right")
         for width, count in zip(*bits.unique(return_counts=True), strict=True):
@@ -135,6 +136,12 @@ class SparseGPT:
         layer: whose weight is replaced by :meth:`fasterprune`.
         layer_name: in the statistics.
         stats_collector: gets this layer's statistics.
+
+    Attributes:
+        quantizer: the grid; None: prune only.
+        importance: weights of the five signals.
+        tiers: of "quantile", and the widths of "budget".
+        thresholds: of "threshold".
 
     Example:
         >>> import torch
@@ -163,6 +170,7 @@ class SparseGPT:
             raise TypeError(f"Expected `layer` to be an nn.Linear or a GPT-2 Conv1D but got {type(layer).__name__}.")
         self.layer, self.layer_name, self.stats_collector = layer, layer_name, stats_collector
         self.quantizer: Quantizer | None = None
+        self.importance, self.tiers, self.thresholds = ImportanceConfig(), TierConfig(), ThresholdConfig()
         weight = linear_weight(layer)
         self._moments: MomentAccumulator | None = MomentAccumulator(weight.shape[1], weight.device)
 
@@ -192,9 +200,6 @@ class SparseGPT:
         prunen: int = 0,
         prunem: int = 0,
         percdamp: float = 0.01,
-        importance_weights: ImportanceConfig | None = None,
-        tiers: TierConfig | None = None,
-        thresholds: ThresholdConfig | None = None,
     ) -> None:
         """Prune and quantize the layer's weight in place.
 
@@ -208,53 +213,52 @@ class SparseGPT:
             prunen: with `prunem`: prune so many of every `prunem` channels, as the reference code counts.
             prunem: see `prunen`.
             percdamp: damping of the Hessian.
-            importance_weights: of the five signals.
-            tiers: of "quantile", and the widths of "budget".
-            thresholds: of "threshold".
 
         Raises:
             ValueError: for values out of range, or without a batch.
             RuntimeError: after :meth:`free`.
         """
         pattern = Sparsity.parse(f"{prunem - prunen}:{prunem}" if prunem else sparsity)
-        grid = self.quantizer or Quantizer()
-        weight = linear_weight(self.layer)
-        moments = self._accumulator().finalise()
-        factor = factorise(moments.hessian, percdamp)
-        parts = signals(weight.float(), moments, factor.inverse_diagonal)
-        score = importance(parts, importance_weights or ImportanceConfig()).cpu()
-        if self.quantizer is None:
-            bits = fixed(score, RAW_BITS)
-        elif bit_allocation_method == "fixed":
-            bits = fixed(score, grid.bits)
-        elif bit_allocation_method == "threshold":
-            bits = threshold(score, thresholds or ThresholdConfig())
-        elif bit_allocation_method == "quantile":
-            bits = quantile(score, tiers or TierConfig())
-        elif bit_allocation_method == "budget":
-            if target_avg_bits is None:
-                raise ValueError("Expected `target_avg_bits` with bit_allocation_method 'budget' but got None.")
-            bits = budget(score, target_avg_bits, (tiers or TierConfig()).widths)
-        else:
-            raise ValueError(
-                "Expected `bit_allocation_method` to be fixed, threshold, quantile or budget but got "
-                f"{bit_allocation_method!r}."
-            )
-        order = bits.argsort(descending=True, stable=True).to(weight.device)
-        layout = Layout(len(bits), tuple(bits.sort(descending=True).values.tolist()), None, segment=1)
-        hessian = moments.hessian[order][:, order]
-        before = weight.float()[:, order]
-        config = GridConfig(group_size=None, symmetric=grid.sym, clip_search=grid.mse)
-        solved = sweep(before, factorise(hessian, percdamp).upper, layout, config, pattern)
-        after = solved.dequantize()
-        weight.index_copy_(1, order, after.to(weight.dtype))
-        error = layer_error(before, after, hessian)
-        for name, part in (*parts.items(), ("importance", score)):
-            logger.debug("%s: %s %.4g .. %.4g", self.layer_name, name, float(part.min()), float(part.max()))
-        logger.debug("%s: relative error %.4g, damping %g", self.layer_name, error, factor.damping)
+        weight, moments = linear_weight(self.layer), self._accumulator().finalise()
+        inverse_diagonal = factorise(moments.hessian, percdamp).inverse_diagonal
+        score = importance(signals(weight.float(), moments, inverse_diagonal), self.importance).cpu()
+        bits = self._bits(score, bit_allocation_method, target_avg_bits)
+        solved, error = self._solve(weight, moments.hessian, bits, pattern, percdamp)
+        logger.debug("%s: importance %s", self.layer_name, score.tolist())
+        logger.debug("%s: bits %s, relative error %.4g", self.layer_name, bits.tolist(), error)
         if self.stats_collector is not None:
             pruned = 0.0 if solved.kept is None else 1 - float(solved.kept.float().mean())
             self.stats_collector.record(self.layer_name, LayerStats(bits, score, target_avg_bits, pruned, error))
+
+    def _bits(self, score: Tensor, method: Method, target: float | None) -> Tensor:
+        """Width of every channel, ``(in,)``."""
+        if method not in get_args(Method):
+            raise ValueError(f"Expected `bit_allocation_method` to be one of {get_args(Method)} but got {method!r}.")
+        if self.quantizer is None:
+            return fixed(score, RAW_BITS)
+        if method == "fixed":
+            return fixed(score, self.quantizer.bits)
+        if method == "threshold":
+            return threshold(score, self.thresholds)
+        if method == "quantile":
+            return quantile(score, self.tiers)
+        if target is None:
+            raise ValueError("Expected `target_avg_bits` with bit_allocation_method 'budget' but got None.")
+        return budget(score, target, self.tiers.widths)
+
+    def _solve(
+        self, weight: Tensor, hessian: Tensor, bits: Tensor, pattern: Sparsity, damping: float
+    ) -> tuple[QuantizedWeight, float]:
+        """Sweep the weight in place, wide channels first; returns what was solved and its relative error."""
+        quantizer = self.quantizer or Quantizer()
+        order = bits.argsort(descending=True, stable=True).to(weight.device)
+        layout = Layout(len(bits), tuple(bits[order.cpu()].tolist()), None, segment=1)
+        grid = GridConfig(group_size=None, symmetric=quantizer.sym, clip_search=quantizer.mse)
+        hessian, before = hessian[order][:, order], weight.float()[:, order]
+        solved = sweep(before, factorise(hessian, damping).upper, layout, grid, pattern)
+        after = solved.dequantize()
+        weight.index_copy_(1, order, after.to(weight.dtype))
+        return solved, layer_error(before, after, hessian)
 
     def free(self) -> None:
         """Drop the statistics."""

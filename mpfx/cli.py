@@ -3,7 +3,8 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -12,25 +13,41 @@ from rich.logging import RichHandler
 
 from mpfx.config import RunConfig, TrainerConfig
 from mpfx.lm.data import EvaluationData
+from mpfx.passes import PassError
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run ``mpfx``; returns the exit status: 0, 1 for a run that failed, 2 for input that was refused."""
-    parser = _parser()
-    options = parser.instantiate(parser.parse_args(args))
-    chosen = options[options.command]
-    logging.getLogger("mpfx").setLevel(chosen.log_level.upper())
-    logging.getLogger("mpfx").addHandler(RichHandler(console=Console(stderr=True), show_path=False))
+    """Run ``mpfx``; returns the exit status: 0, or 2 for input that was refused."""
+    options = parser().parse_args(args)
     try:
-        return _compress(chosen, parser) if options.command == "compress" else _evaluate(chosen, parser)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]mpfx {options.command}:[/red]", str(error), highlight=False, markup=True)
+        options = parser().instantiate(options)
+        chosen = options[options.command]
+        with _logging(chosen.log_level):
+            return _compress(chosen) if options.command == "compress" else _evaluate(chosen)
+    except (ValueError, OSError, PassError) as error:
+        reason = error.__cause__ if isinstance(error, PassError) else error
+        Console(stderr=True).print(f"mpfx {options.command}: {reason}", style="red", markup=False, soft_wrap=True)
         return 2
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="mpfx", description="Pick a size, get the best language model of that size.")
-    commands = parser.add_subcommands(dest="command", required=True)
+@contextmanager
+def _logging(level: str) -> Iterator[None]:
+    """Send what mpfx logs at ``level`` and above to standard error."""
+    logger, handler = logging.getLogger("mpfx"), RichHandler(console=Console(stderr=True), show_path=False)
+    before = logger.level
+    logger.setLevel(level.upper())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def parser() -> ArgumentParser:
+    """Build the parser of all commands."""
+    top = ArgumentParser(prog="mpfx", description="Pick a size, get the best language model of that size.")
+    commands = top.add_subcommands(dest="command", required=True)
     compress = ArgumentParser(description="Compress a model; write a checkpoint and report.json.")
     compress.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     compress.add_class_arguments(RunConfig, None, instantiate=False)
@@ -42,12 +59,14 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with the model.")
     evaluate.add_argument("--json", action="store_true", help="Print JSON.")
     for name, command in (("compress", compress), ("evaluate", evaluate)):
-        command.add_argument("--log_level", default="warning", choices=("debug", "info", "warning"), help="Of mpfx's loggers.")
+        command.add_argument(
+            "--log_level", default="warning", choices=("debug", "info", "warning"), help="Of mpfx's loggers."
+        )
         commands.add_subcommand(name, command)
-    return parser
+    return top
 
 
-def _compress(options: Namespace, parser: ArgumentParser) -> int:
+def _compress(options: Namespace) -> int:
     fields = vars(options).copy()
     from mpfx.run import compress
 
@@ -57,7 +76,7 @@ def _compress(options: Namespace, parser: ArgumentParser) -> int:
     return 0
 
 
-def _evaluate(options: Namespace, parser: ArgumentParser) -> int:
+def _evaluate(options: Namespace) -> int:
     from mpfx.run import evaluate
 
     result: dict[str, Any] = evaluate(

@@ -7,7 +7,6 @@ from mpfx.hub.checkpoint import MANIFEST
 from mpfx.lm.data import CalibrationData, EvaluationData
 from mpfx.passes.config import CompressionConfig
 
-
 REPORT = "report.json"
 """Every run writes it to its output folder."""
 

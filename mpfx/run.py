@@ -62,7 +62,12 @@ def compress(config: RunConfig) -> Report:
 
 
 def evaluate(
-    model: str, evaluation: EvaluationData, trainer: TrainerConfig, *, progress: bool = True, trust_remote_code: bool = False
+    model: str,
+    evaluation: EvaluationData,
+    trainer: TrainerConfig,
+    *,
+    progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure the perplexity of an mpfx checkpoint, or of any model that :func:`compress` takes.
 
@@ -125,8 +130,8 @@ def _notes(config: RunConfig, solved: tuple[SolvedGroup, ...]) -> list[str]:
     sizes = _sizes(solved)
     unit = "bits_per_weight" if config.code_bits is None else "code_bits"
     return [
-        f"the tiers of allocation {config.allocation} set the size: {unit} is {sizes[unit]:.3f}, {config.target:g} was asked "
-        "for; allocation budget meets a target."
+        f"the tiers of allocation {config.allocation} set the size: {unit} is {sizes[unit]:.3f}, "
+        f"{config.target:g} was asked for; allocation budget meets a target."
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpfx.nn.layout import SEGMENT, Layout, permutation_bytes, stored_bytes
+from mpfx.nn.layout import SEGMENT, Layout, Span, permutation_bytes, stored_bytes
 from mpfx.solve.grid import GridConfig
 from mpfx.solve.mask import Sparsity
 
@@ -63,21 +63,25 @@ class GroupPlan:
         return order[bits.argsort(descending=True, stable=True)]
 
     def stored_bytes(self) -> int:
-        """Bytes of all sites of the group, permutation included."""
+        """Bytes of all sites of the group, permutation included.
+
+        Exact, but with a mask: then at most so many, and not over by more than two blocks of codes a site and width.
+        """
         layout = self.layout
         total = permutation_bytes(len(self.bits)) if self.permuted else 0
         return total + sum(self._site_bytes(layout, rows) for rows in self.rows.values())
 
     def _site_bytes(self, layout: Layout, rows: int) -> int:
         kept = None
-        if self.sparsity:  # the mask is chosen among all rows of the group: a site's share is its share on average
-            kept = [0] * len(layout.runs)
-            for i, run in enumerate(layout.runs):
-                panels = [p for p in layout.panels if run.start <= p.start < run.stop]
-                kept[i] = sum(rows * p.channels - self.sparsity.pruned(rows, p.channels) for p in panels)
-        return stored_bytes(
-            layout, rows, symmetric=self.grid.symmetric, kept=None if kept is None else tuple(kept)
-        ).total
+        if self.sparsity:
+            # The mask is chosen among the rows of all sites, so a site's own share is known on average only; of its
+            # streams, each as long as whole blocks of 32 codes, one block more than the average is the most in all.
+            kept = tuple(32 + self._kept(run, layout, rows) for run in layout.runs)
+        return stored_bytes(layout, rows, symmetric=self.grid.symmetric, kept=kept).total
+
+    def _kept(self, run: Span, layout: Layout, rows: int) -> int:
+        panels = [panel for panel in layout.panels if run.start <= panel.start < run.stop]
+        return sum(rows * panel.channels - self.sparsity.pruned(rows, panel.channels) for panel in panels)
 
     @property
     def numel(self) -> int:

@@ -33,14 +33,17 @@ __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "SYMBOLIC_NUMBERS",
     "FakeTensor",
+    "FakeTensorMode",
     "ShapeEnv",
     "Symbol",
     "compiler_flags_set",
     "dynamic_fake",
     "emit_expression",
     "fake_mode",
+    "is_transformed",
     "python_dispatcher",
     "size_symbol",
+    "static_fake",
     "storage_key",
     "symbolic_expression",
 ]
@@ -87,6 +90,28 @@ def dynamic_fake(mode: FakeTensorMode, tensor: Tensor) -> FakeTensor:
     sizes = [DimDynamic.STATIC if size < 2 else DimDynamic.DYNAMIC for size in tensor.shape]
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(sizes)
     return mode.from_tensor(tensor, symbolic_context=context)
+
+
+def static_fake(mode: FakeTensorMode, tensor: Tensor, meta_stands_for: torch.device) -> FakeTensor:
+    """A fake of ``tensor`` with its sizes as numbers: for parameters, buffers and constants.
+
+    Args:
+        mode: Makes the fakes.
+        tensor: The real one.
+        meta_stands_for: The device of the fake where the tensor has none yet: that of the inputs.
+    """
+    if not (tensor.is_meta or tensor.is_inference()):
+        return mode.from_tensor(tensor, static_shapes=True)
+    device = meta_stands_for if tensor.is_meta else tensor.device
+    with mode:  # a direct fake of an inference tensor would be one too, and these count no writes
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    assert isinstance(fake, FakeTensor)
+    return fake
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor stands for others inside ``torch.func`` (vmap, grad)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def symbolic_expression(number: Any) -> sympy.Basic:

@@ -54,7 +54,7 @@ def _diagnose(error: Exception) -> tuple[str, str]:
             "the forward depends on the values of a tensor, so one graph cannot hold for all inputs",
             f"decide with torch.where instead of `if`, or {_LEAF_ADVICE}",
         )
-    message = (str(error).strip() or "no message").splitlines()[0]
+    message = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
     return (
         f"{type(error).__name__}: {message}",
         "check that the same call works without tracing (call mpfx before anything that changes the module's "

@@ -119,10 +119,10 @@ def _repeated_children(record: TraceRecord) -> set[str]:
     for path, module in record.model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(_inside(path, label) for label in labels):
             children = {f"{path}.{name}".lstrip("."): child for name, child in module.named_children()}
-            deep = {p: c for p, c in children.items() if any(h.startswith(p + ".") for h in heavy)}
+            deep = {p: c for p, c in children.items() if any(h != p and _inside(h, p) for h in heavy)}
             if isinstance(module, nn.Sequential):  # a plain chain repeats only what is of one kind
                 deep = {p: c for p, c in deep.items() if sum(type(o) is type(c) for o in deep.values()) > 1}
-            if len(deep) > 1 and not heavy & children.keys():
+            if len(deep) > 1:
                 labels |= deep.keys()
     return labels
 

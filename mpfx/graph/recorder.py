@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mpfx.graph.builder import GraphBuilder
-from mpfx.graph.calls import has_tensor, tensors_in
-from mpfx.graph.compat import SYMBOLIC_NUMBERS, FakeTensor, storage_key
+from mpfx.graph.calls import has_tensor, map_leaves, tensors_in
+from mpfx.graph.compat import SYMBOLIC_NUMBERS, FakeTensor, fake_mode, is_transformed, static_fake, storage_key
+from mpfx.graph.errors import UnsupportedCodeError
 from mpfx.graph.live import NodeInfo
 from mpfx.graph.sizes import SizeEnv
 
@@ -30,23 +31,27 @@ class Recorder(TorchFunctionMode):
         root: The traced module.
         leaves: ids of the modules that are called as a whole.
         linears: Path of every linear layer by the id of its weight.
-        env: The symbols of the trace.
+        device: Of the inputs; parameters on the meta device are taken to be there too.
 
     Attributes:
+        env: The symbols of the trace.
+        mode: Makes the fakes.
         builder: Holds the graph.
         direct_weight_uses: Paths of linear layers whose weight other code than their own forward has read.
         failure: The last exception of the forward, with the path of the innermost module that it left.
     """
 
-    def __init__(self, root: nn.Module, leaves: set[int], linears: Mapping[int, str], env: SizeEnv) -> None:
+    def __init__(self, root: nn.Module, leaves: set[int], linears: Mapping[int, str], device: torch.device) -> None:
         super().__init__()
-        self.env, self.builder = env, GraphBuilder(root)
+        self.env, self.builder = SizeEnv(), GraphBuilder(root)
+        self.mode = fake_mode(self.env)
         self.direct_weight_uses: set[str] = set()
         self.failure: tuple[Exception, str] | None = None
-        self._leaves, self._linears = leaves, linears
+        self._leaves, self._linears, self._device = leaves, linears, device
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._thread = threading.get_ident()
         self._leaf: str | None = None  # the leaf that is running
+        self._fakes: dict[int, tuple[Tensor, FakeTensor]] = {}  # of parameters and the like, by their id
 
     def placeholder(self, name: str, value: Any, default: Any = None) -> None:
         """Add an input: with nested tensors in ``value``, or a plain one that falls back to ``default``."""
@@ -63,17 +68,19 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one call of PyTorch, and record it unless a leaf makes it."""
-        kwargs = kwargs or {}
-        writes = _Writes((args, kwargs))
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        _refuse(func, name)
+        fake_args, fake_kwargs = self._without_real_tensors((tuple(args), dict(kwargs)))
+        writes = _Writes((fake_args, fake_kwargs), _written_by_name(name, fake_args))
         with self.env.operator():
-            out = func(*args, **kwargs)
+            out = func(*fake_args, **fake_kwargs)
         if has_tensor(out):
             self._note_direct_weights((args, kwargs))
         if self._leaf is not None:
             return out
-        if has_tensor(out) or func is Tensor.__setitem__:
-            return self._record(func, args, kwargs, out, writes)
-        if func is Tensor.item and isinstance(out, SYMBOLIC_NUMBERS):
+        if has_tensor(out) or writes.storages:
+            return self._record(func, args, kwargs, out, writes.info())
+        if name == "item" and isinstance(out, SYMBOLIC_NUMBERS):
             self.builder.bind_number(out, self.builder.add("call_method", "item", self.builder.argument(tuple(args))))
         return out  # sizes, types and the like are no work of the graph
 
@@ -115,15 +122,29 @@ class Recorder(TorchFunctionMode):
         return self._bind(out, node, in_place=bool(writes.storages))
 
     def _record(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, writes: _Writes
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, info: NodeInfo
     ) -> Any:
         name, node_args = getattr(func, "__name__", ""), self.builder.argument(tuple(args))
         op, target = _target(func, name)
         if name == "__get__":  # an attribute, such as x.T
             node_args = (node_args[0], func.__self__.__name__)  # type: ignore[attr-defined]
-        info = writes.info(_written_by_name(name, args, kwargs))
         node = self.builder.add(op, target, node_args, self.builder.argument(dict(kwargs)), info)
-        return out if out is None else self._bind(out, node, in_place=bool(info.mutates))
+        return self._bind(out, node, in_place=bool(info.mutates))
+
+    def _without_real_tensors(self, arguments: Any) -> Any:
+        """Fakes in place of parameters, buffers and constants, which the call might write to."""
+        if all(isinstance(tensor, FakeTensor) for tensor in tensors_in(arguments)):
+            return arguments
+        return map_leaves(arguments, lambda _, leaf: self._fake(leaf), "")
+
+    def _fake(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        if is_transformed(value):
+            raise UnsupportedCodeError("the forward uses torch.func (vmap, grad), whose calls a graph does not hold")
+        if id(value) not in self._fakes:
+            self._fakes[id(value)] = (value, static_fake(self.mode, value, self._device))
+        return self._fakes[id(value)][1]
 
     def _bind(self, out: Any, node: Any, in_place: bool) -> Any:
         """Make ``node`` stand for a result, and return what the forward goes on with."""
@@ -154,16 +175,24 @@ class Recorder(TorchFunctionMode):
 class _Writes:
     """Which of a call's tensors it wrote to, from their version counters before and after."""
 
-    def __init__(self, arguments: Any) -> None:
+    def __init__(self, arguments: Any, certain: Iterable[Tensor] = ()) -> None:
         self._before = [(t, t._version) for t in tensors_in(arguments) if isinstance(t, FakeTensor)]
+        self._certain = frozenset(storage_key(t) for t in certain)
 
     @property
     def storages(self) -> frozenset[int]:
-        return frozenset(storage_key(t) for t, version in self._before if t._version != version)
+        return self._certain.union(storage_key(t) for t, version in self._before if t._version != version)
 
-    def info(self, also: frozenset[int] = frozenset()) -> NodeInfo:
-        version = self._before[0][1] if self._before else 0
-        return NodeInfo(mutates=self.storages | also, version=version)
+    def info(self) -> NodeInfo:
+        return NodeInfo(mutates=self.storages, version=self._before[0][1] if self._before else 0)
+
+
+def _refuse(func: Callable[..., Any], name: str) -> None:
+    """Raise an error for calls that nothing in a graph can stand for."""
+    if name in ("numpy", "__array__"):
+        raise UnsupportedCodeError("the forward leaves PyTorch for NumPy")
+    if name == "__set__" and func.__self__.__name__ == "data":  # type: ignore[attr-defined]
+        raise UnsupportedCodeError("the forward assigns to `.data`", "write with copy_ instead")
 
 
 def _target(func: Callable[..., Any], name: str) -> tuple[str, Any]:
@@ -177,10 +206,6 @@ def _target(func: Callable[..., Any], name: str) -> tuple[str, Any]:
     return "call_function", func
 
 
-def _written_by_name(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[int]:
-    """The storage that an in-place call by its name writes to: real parameters keep no count of writes to fakes."""
-    trailing = name.endswith("_") and not name.endswith("__")
-    if not (trailing or name.startswith("__i") or name == "__setitem__" or "out" in kwargs):
-        return frozenset()
-    written = kwargs["out"] if "out" in kwargs else args[:1]
-    return frozenset(storage_key(tensor) for tensor in tensors_in(written))
+def _written_by_name(name: str, args: Sequence[Any]) -> Iterator[Tensor]:
+    """What an in-place function writes to: those on lists of tensors do not count it as a write."""
+    return tensors_in(args[:1]) if name.endswith("_") and not name.endswith("__") else iter(())

@@ -23,13 +23,19 @@ from mpfx.graph.calls import (
     name_arguments,
     tensors_in,
 )
-from mpfx.graph.compat import compiler_flags_set, dynamic_fake, fake_mode, python_dispatcher, symbolic_expression
+from mpfx.graph.compat import (
+    FakeTensorMode,
+    compiler_flags_set,
+    dynamic_fake,
+    python_dispatcher,
+    symbolic_expression,
+)
 from mpfx.graph.errors import TraceError, UnsupportedCodeError, trace_error
 from mpfx.graph.isolation import module_calls_through, undisturbed
 from mpfx.graph.linear import describe_linears, is_experts, is_leaf, is_linear
 from mpfx.graph.live import META_KEY, TraceRecord, live_module, node_info, record_of
 from mpfx.graph.recorder import Recorder
-from mpfx.graph.sizes import SizeEnv, SizeRules
+from mpfx.graph.sizes import SizeRules
 
 
 def trace(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
@@ -56,8 +62,9 @@ def trace(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     call = TracedCall.of(module, args, kwargs or {})
     weights = {id(m.weight): path for path, m in module.named_modules() if path and is_linear(m)}
     leaf_modules = {id(m) for m in module.modules() if is_leaf(m)}
+    device = next((t.device for t in tensors_in(list(call.values.values()))), torch.device("cpu"))
     with undisturbed(module):
-        recorder = Recorder(module, leaf_modules, weights, SizeEnv())
+        recorder = Recorder(module, leaf_modules, weights, device)
         _record(module, call, recorder)
     _remove_dead_nodes(recorder.builder.graph)
     gm = live_module(module, recorder.builder.graph, recorder.builder.constants)
@@ -108,16 +115,21 @@ def _check_call(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _record(module: nn.Module, call: TracedCall, recorder: Recorder) -> None:
     """Run the module on fakes of its arguments under the recorder."""
-    mode = fake_mode(recorder.env)
     with recorder.env.operator():
-        faked = _fake_arguments(call, mode)
+        faked = _fake_arguments(call, recorder.mode)
     for name in sorted(faked, key=lambda name: not has_tensor(faked[name])):  # those with a default go last
         recorder.placeholder(name, faked[name], call.placeholder_default(name))
     for name in call.optional:
         recorder.placeholder(name, None, call.placeholder_default(name))
     positional, keywords = call.split(faked)
     try:
-        with compiler_flags_set(), python_dispatcher(), module_calls_through(recorder.call_module), mode, recorder:
+        with (
+            compiler_flags_set(),
+            python_dispatcher(),
+            module_calls_through(recorder.call_module),
+            recorder.mode,
+            recorder,
+        ):
             result = module(*positional, **keywords)
         recorder.output(_result_tensors(result))
     except TraceError:
@@ -127,7 +139,7 @@ def _record(module: nn.Module, call: TracedCall, recorder: Recorder) -> None:
         raise trace_error(error, path, type(module.get_submodule(path)).__name__) from error
 
 
-def _fake_arguments(call: TracedCall, mode: Any) -> dict[str, Any]:
+def _fake_arguments(call: TracedCall, mode: FakeTensorMode) -> dict[str, Any]:
     """Fakes of the tensors and private copies of other objects, by name; fills in ``call.specs``."""
     widen = _has_batch_of_one(call.values)
 

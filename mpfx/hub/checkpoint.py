@@ -1,9 +1,12 @@
 """mpfx's own checkpoint: a folder with ``model.safetensors`` and ``mpfx.json``.
 
-``model.safetensors`` holds, little-endian, for every packed site ``<path>.codes``, ``.scales``, ``.widths`` and where they exist
-``.zeros``, ``.mask`` and ``.bias`` (see :class:`mpfx.nn.PackedWeight`), every permutation once as ``permutation.<k>``, and all other
-parameters and persistent buffers of the model under their own names. ``mpfx.json`` is the manifest: format version, the packed sites
-with their sizes, which tensors share memory, and anything the caller adds. It is written last, so a folder with a manifest is whole. Beside them lie whatever the model's own library needs (config, tokenizer).
+``model.safetensors`` holds, little-endian, for every packed site ``<path>.codes``, ``.scales``, ``.widths`` and
+where they exist ``.zeros``, ``.mask`` and ``.bias`` (see :class:`mpfx.nn.PackedWeight`), every permutation once as
+``permutation.<k>``, all other parameters and persistent buffers of the model under their own names, and floating
+buffers that its state dict leaves out (rotary tables, whose dtype depends on the model's history) as
+``buffer.<name>``. ``mpfx.json`` is the manifest: format version, the packed sites with their sizes, which tensors
+share memory, and anything the caller adds. It is written last, so a folder with a manifest is whole. Beside them
+lies whatever the model's own library needs (config, tokenizer).
 """
 
 import json
@@ -113,8 +116,16 @@ def _collect(model: nn.Module, sites: Mapping[str, MixedPrecisionLinear]) -> tup
             tied[name] = original
         else:
             tensors[name] = tensor.detach().cpu().contiguous()
+    for name, buffer in unsaved_buffers(model).items():
+        tensors[f"buffer.{name}"] = buffer.detach().cpu().contiguous()
     manifest = {"format": FORMAT, "version": VERSION, "segment": SEGMENT, "sites": entries, "tied": tied}
     return tensors, manifest
+
+
+def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Floating buffers that the state dict leaves out, by name."""
+    saved = set(model.state_dict())
+    return {n: b for n, b in model.named_buffers() if n not in saved and b.numel() and b.is_floating_point()}
 
 
 def _save_skeleton(model: Any, folder: Path) -> None:
@@ -127,7 +138,10 @@ def _replace(target: Path, write: Any) -> None:
     """Write to a temporary name beside the target, flush it to the disk, then rename: never half a file."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask makes of a new file; some writers are stricter
         write(str(temporary))
+        temporary.chmod(mode)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(target)
@@ -140,8 +154,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the folder.
-        model: an instance of the model's class to fill, for modules that are not from transformers; its weights are replaced.
-            A transformers model is built from the folder's config (code from the folder is never run).
+        model: an instance of the model's class to fill, for modules that are not from transformers; its weights are
+            replaced. A transformers model is built from the folder's config (code from the folder is never run).
 
     Returns:
         The model in eval mode, on the CPU.
@@ -184,22 +198,31 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise CheckpointError(f"{path} is not a manifest of mpfx: {error!r}.") from error
     if name != FORMAT or version != VERSION:
         raise CheckpointError(f"Expected {path} to be {FORMAT} version {VERSION} but got {name} version {version}.")
-    try:
-        assert data["segment"] == SEGMENT
-        sites = {str(site): _check_entry(entry) for site, entry in data["sites"].items()}
-        tied = {str(a): str(b) for a, b in data["tied"].items()}
-    except (AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} lacks or misstates a field of version {VERSION}: {error!r}.") from error
-    return _Manifest(path, sites, tied, data.get("library"))
+    if (
+        data.get("segment") != SEGMENT
+        or not isinstance(data.get("sites"), dict)
+        or not isinstance(data.get("tied"), dict)
+    ):
+        raise CheckpointError(f"{path} lacks or misstates `segment`, `sites` or `tied` of version {VERSION}.")
+    for site, entry in data["sites"].items():
+        if not _is_entry(entry):
+            raise CheckpointError(f"{path} lacks or misstates a field of site {site}: {entry}.")
+    if not all(isinstance(name, str) for name in data["tied"].values()):
+        raise CheckpointError(f"{path} misstates `tied`: expected names of tensors.")
+    return _Manifest(path, data["sites"], data["tied"], data.get("library"))
 
 
-def _check_entry(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    assert isinstance(entry["in_features"], int) and entry["in_features"] > 0, entry
-    assert isinstance(entry["out_features"], int) and entry["out_features"] > 0, entry
-    assert entry["group_size"] is None or isinstance(entry["group_size"], int), entry
-    assert isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype), entry
-    assert entry["permutation"] is None or isinstance(entry["permutation"], int), entry
-    return entry
+def _is_entry(entry: Any) -> bool:
+    """Whether what a manifest says of a site is what a manifest may say."""
+    if not isinstance(entry, dict):
+        return False
+    sizes = [entry.get("in_features"), entry.get("out_features")]
+    optional = [entry.get("group_size"), entry.get("permutation")]
+    return (
+        all(isinstance(size, int) and size > 0 for size in sizes)
+        and all(number is None or (isinstance(number, int) and number >= 0) for number in optional)
+        and isinstance(getattr(torch, str(entry.get("dtype")), None), torch.dtype)
+    )
 
 
 def _open_weights(folder: Path) -> Any:
@@ -237,12 +260,15 @@ def _check_names(skeleton: nn.Module, manifest: _Manifest, shapes: Mapping[str, 
         raise CheckpointError(f"{manifest.path} names sites that {type(skeleton).__name__} lacks: {unknown[:5]}.")
     inside = tuple(f"{site}." for site in manifest.sites)
     wanted = {n: tuple(t.shape) for n, t in skeleton.state_dict().items() if not n.startswith(inside)}
+    wanted |= {f"buffer.{n}": tuple(b.shape) for n, b in unsaved_buffers(skeleton).items()}
     found = {n: s for n, s in shapes.items() if not n.startswith((*inside, "permutation."))}
     found |= {n: shapes[o] for n, o in manifest.tied.items() if o in shapes and not n.startswith(inside)}
     if lacking := sorted(set(wanted) - set(found)):
         raise CheckpointError(f"{manifest.path.parent / WEIGHTS} lacks {lacking[:5]} of {type(skeleton).__name__}.")
     if extra := sorted(set(found) - set(wanted)):
-        raise CheckpointError(f"{manifest.path.parent / WEIGHTS} holds {extra[:5]}, unknown to {type(skeleton).__name__}.")
+        raise CheckpointError(
+            f"{manifest.path.parent / WEIGHTS} holds {extra[:5]}, unknown to {type(skeleton).__name__}."
+        )
     if odd := [f"{n} {found[n]} instead of {wanted[n]}" for n in wanted if found[n] != wanted[n]]:
         raise CheckpointError(f"{manifest.path.parent / WEIGHTS} holds other shapes than the model: {odd[:5]}.")
 
@@ -257,7 +283,7 @@ def _site(file: Any, site: str, entry: Mapping[str, Any], dense: nn.Module) -> M
         widths, codes, scales = read("widths"), read("codes"), read("scales")
         if widths is None or codes is None or scales is None:
             raise ValueError("`codes`, `scales` or `widths` is missing.")
-        layout = Layout(entry["in_features"], tuple(widths.tolist()), entry["group_size"])
+        layout = Layout(entry["in_features"], tuple(widths.tolist()), entry.get("group_size"))
         weight = PackedWeight(codes, scales, read("zeros"), read("mask"), widths, layout)
         validate(weight)
         if weight.out_features != entry["out_features"]:
@@ -279,7 +305,7 @@ def _site(file: Any, site: str, entry: Mapping[str, Any], dense: nn.Module) -> M
 
 
 def _read_permutation(file: Any, entry: Mapping[str, Any]) -> Tensor | None:
-    if entry["permutation"] is None:
+    if entry.get("permutation") is None:
         return None
     name = f"permutation.{entry['permutation']}"
     if name not in file.keys():  # noqa: SIM118  (not a dict)
@@ -297,6 +323,9 @@ def _fill(skeleton: nn.Module, file: Any, manifest: _Manifest) -> None:
     for name, original in manifest.tied.items():
         if not name.startswith(inside):
             state[name] = state[original]
+    for name in [name for name in state if name.startswith("buffer.")]:
+        path, _, leaf = name.removeprefix("buffer.").rpartition(".")
+        skeleton.get_submodule(path)._buffers[leaf] = state.pop(name)
     skeleton.load_state_dict(state, strict=False, assign=True)
     _tie(skeleton, manifest)
 

@@ -69,7 +69,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype
 
 def output_head(model: PreTrainedModel) -> str | None:
     """Return the path of the module that makes the logits, or None if the model has none."""
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         return None
     return next((path for path, module in model.named_modules() if module is head), None)

@@ -99,7 +99,7 @@ class TextDataModule(LightningDataModule):
         evaluation: What to evaluate on, or None for a data module that only calibrates.
 
     Raises:
-        ValueError: If both are None, or both name the same split or different columns of the same file.
+        ValueError: If both are None, or both name the same split or different columns of one file.
         FileNotFoundError: If a text file does not exist.
     """
 
@@ -271,10 +271,10 @@ def _is_shared_file(calibration: TextSource | None, evaluation: TextSource | Non
             f"calibration.data and evaluation.data are the same split of one data set ({evaluation.spec!r}): "
             f"what calibrates must not evaluate. Name another split in calibration.data, for example {other!r}."
         )
-    if calibration.column != evaluation.column:
+    if (calibration.kind, calibration.column) != (evaluation.kind, evaluation.column):
         raise ValueError(
-            f"calibration.data and evaluation.data read different columns of one file ({calibration.spec!r} and "
-            f"{evaluation.spec!r}), which cannot be kept apart. Name the same column, or two files."
+            f"calibration.data and evaluation.data read different parts of one file ({calibration.spec!r} and "
+            f"{evaluation.spec!r}), which cannot be kept apart. Name the same file and column, or two files."
         )
     return True
 

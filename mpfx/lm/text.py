@@ -27,6 +27,7 @@ from typing import Any, Literal
 Part = Literal["calibration", "evaluation"]
 Kind = Literal["pydocs", "text", "jsonl", "dataset"]
 
+FILES: tuple[Kind, ...] = ("text", "jsonl")
 DEFAULT_COLUMN = "text"
 PYDOCS = "pydocs"
 _PYDOCS_EVALUATION_EVERY = 4
@@ -58,11 +59,13 @@ class TextSource:
 
     def same_text(self, other: TextSource) -> bool:
         """Tell whether both read the same file, or the same split of the same data set, in any column."""
-        if self.kind != other.kind:
-            return False
-        if self.kind in ("text", "jsonl"):
+        if self.kind in FILES and other.kind in FILES:
             return os.path.samefile(self.name, other.name)
-        return (self.name, self.config, self.split) == (other.name, other.config, other.split)
+        return self.kind == other.kind and (self.name, self.config, self.split) == (
+            other.name,
+            other.config,
+            other.split,
+        )
 
 
 def parse_source(spec: str) -> TextSource:

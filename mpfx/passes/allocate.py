@@ -87,7 +87,8 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
         widths = (*WIDTHS, RAW_BITS) if config.allocation == "fixed" else config.tiers.widths
         drafts = [Draft(config, group, None) for group in groups]
         least, most = (
-            stored_bits_per_weight([d.plan(torch.full((d.segments,), w)) for d in drafts]) for w in (widths[0], widths[-1])
+            stored_bits_per_weight([d.plan(torch.full((d.segments,), w)) for d in drafts])
+            for w in (widths[0], widths[-1])
         )
         if target < least:
             raise ValueError(
@@ -184,9 +185,7 @@ def _spread(drafts: Sequence[Draft], target: float, widths: Sequence[int]) -> li
     return plans
 
 
-def _within(
-    spread: Callable[[float], list[GroupPlan]], target: float, config: CompressionConfig
-) -> list[GroupPlan]:
+def _within(spread: Callable[[float], list[GroupPlan]], target: float, config: CompressionConfig) -> list[GroupPlan]:
     """Bisect the code bits until the stored bits meet the target from below."""
     if config.code_bits is not None:
         return spread(target)

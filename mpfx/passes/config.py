@@ -16,10 +16,11 @@ class CompressionConfig:
     """How to compress; a size has to be given, all else has defaults.
 
     Args:
-        bits_per_weight: stored bits per compressed weight, everything counted (codes, scales, zeros, masks, permutations,
-            padding). Never exceeded. Give this or `code_bits`.
+        bits_per_weight: stored bits per compressed weight, everything counted (codes, scales, zeros, masks,
+            permutations, padding). Never exceeded. Give this or `code_bits`.
         code_bits: average nominal width of the codes alone. Give this or `bits_per_weight`. With `fixed` a whole number
-            from 1 to 8, or 16: keep float16 values and only prune. `threshold` and `quantile` set the average by their own
+            from 1 to 8, or 16: keep float16 values and only prune. `threshold` and `quantile` set the average by
+            their own
             tiers: they win over either size, and the report states both.
         allocation: who gets how many bits. fixed: one width; threshold, quantile, budget: tiers by importance.
         sparsity: fraction of the weights to prune (0.5), or n of m kept ("2:4"); null: none.
@@ -29,7 +30,8 @@ class CompressionConfig:
         block_bits: other budgets for some blocks, in the unit of the one above: from a pattern of block names
             (`model.layers.0`, `*.29`) to bits. For `fixed` and `budget`.
         grid: scales and zero points.
-        damping: fraction of the mean diagonal added to every Hessian; raised by itself where it does not do, and reported.
+        damping: fraction of the mean diagonal added to every Hessian; raised by itself where it does not do, and
+            reported.
         order: order of the sweep. activation: largest inputs first; natural: as they come (no permutation to store, if
             all widths are equal); auto: natural where weights are pruned without a pattern, else activation.
         dense: patterns of module paths that stay as they are.
@@ -39,7 +41,7 @@ class CompressionConfig:
     bits_per_weight: float | None = None
     code_bits: float | None = None
     allocation: Literal["fixed", "threshold", "quantile", "budget"] = "fixed"
-    sparsity: float | str | None = None
+    sparsity: str | float | None = None
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)

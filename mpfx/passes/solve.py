@@ -79,9 +79,7 @@ class SolvedGroup:
         return torch.empty_like(ordered).index_copy_(1, self.permutation.long(), ordered)
 
 
-def solve_group(
-    plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments, damping: float = 0.01
-) -> SolvedGroup:
+def solve_group(plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments, damping: float = 0.01) -> SolvedGroup:
     """Solve the sites of one input group: one Hessian, one factor, one sweep over their stacked rows.
 
     Args:

@@ -76,16 +76,19 @@ class Report:
 
     def print(self, console: Console) -> None:
         """Print the run in a table, its worst sites, and its notes."""
+        console.print(f"mpfx: {self.model}", highlight=False)
         console.print(self._summary())
+        console.print(f"largest relative errors of {len(self.sites)} sites", highlight=False)
         console.print(self._worst())
         if fallen := [site for site in self.sites if site.fallback]:
-            console.print(f"[yellow]{len(fallen)} sites needed a fallback[/yellow], such as {fallen[0].path}: {fallen[0].fallback}")
+            first = f"{fallen[0].path}: {fallen[0].fallback}"
+            console.print(f"[yellow]{len(fallen)} sites needed a fallback[/yellow], such as {first}")
         for note in self.notes:
             console.print(f"[yellow]note:[/yellow] {note}")
 
     def _summary(self) -> Table:
         dense, compressed = self.perplexity["dense"], self.perplexity["compressed"]
-        table = Table(title=f"mpfx: {self.model}", title_justify="left")
+        table = Table()
         for name in ("", "dense", "compressed", "ratio"):
             table.add_column(name, justify="left" if not name else "right")
         table.add_row("perplexity", f"{dense:.3f}", f"{compressed:.3f}", f"{compressed / dense:.3f}")
@@ -99,7 +102,7 @@ class Report:
         return table
 
     def _worst(self, count: int = 5) -> Table:
-        table = Table(title=f"largest relative errors of {len(self.sites)} sites", title_justify="left")
+        table = Table()
         for name in ("site", "stored bits", "code bits", "sparsity", "relative error"):
             table.add_column(name, justify="left" if name == "site" else "right")
         for site in sorted(self.sites, key=lambda site: -site.relative_error)[:count]:

@@ -44,8 +44,9 @@ class Sparsity:
             if 0 <= fraction < 1:
                 return cls(fraction)
         raise ValueError(
-            "Expected `sparsity` to be a fraction in [0, 1) such as 0.5, or n:m with n < m and m one of 2, 4, 8, 16, 32 "
-            f'such as "2:4" (n of m adjacent weights are kept; in YAML it needs the quotes) but got {value!r}.'
+            "Expected `sparsity` to be a fraction in [0, 1) such as 0.5, or n:m with n < m and m one of 2, 4, 8, 16, "
+            '32 such as "2:4" (n of m adjacent weights are kept; in YAML it needs the quotes) '
+            f"but got {value!r}."
         )
 
     def __bool__(self) -> bool:

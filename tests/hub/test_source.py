@@ -39,14 +39,14 @@ def save_tokenizer(folder: Path) -> None:
     vocabulary = {"<unk>": 0} | {f"w{number}": number for number in range(1, 64)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.save_pretrained(folder)
 
 
 def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: transformers.PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: transformers.PreTrainedModel = AutoModelForCausalLM.from_config(config)
     nn.Module.eval(model)
     return model
 
@@ -245,7 +245,7 @@ def smollm2() -> Source:
 def test_smollm2_is_a_plain_float32_model_with_tied_embeddings(smollm2: Source) -> None:
     model = smollm2.model
     assert output_head(model) == "lm_head"
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not hasattr(model, "hf_quantizer")
@@ -272,7 +272,7 @@ def test_smollm2_is_saved_and_loaded_with_equal_logits(
     assert torch.equal(logits(again.model), logits(smollm2.model))
     text = "Windows, 1234 tokens\n\n  and  spaces"
     assert again.tokenizer(text)["input_ids"] == smollm2.tokenizer(text)["input_ids"]
-    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
 
 
 @pytest.mark.smollm2

@@ -21,9 +21,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, bos_token="<bos>", model_max_length=8
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", model_max_length=8)
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def llama() -> nn.Module:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
         nn.init.normal_(model.get_output_embeddings().weight, std=0.5)  # type: ignore[operator]
     return model.eval()
 

@@ -210,8 +210,10 @@ def test_same_split_for_both_is_refused(tokenizer: PreTrainedTokenizerFast, c4_f
 def test_different_columns_of_one_file_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "body": "b"}')
-    with pytest.raises(ValueError, match="different columns of one file"):
-        TextDataModule(tokenizer, calibration(path, 1), evaluation(f"{path}@body", 1))
+    (tmp_path / "b.txt").hardlink_to(path)
+    for other in (f"{path}@body", tmp_path / "b.txt"):
+        with pytest.raises(ValueError, match="different parts of one file"):
+            TextDataModule(tokenizer, calibration(path, 1), evaluation(other, 1))
 
 
 def test_too_little_text_says_what_would_fit(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:

@@ -56,7 +56,9 @@ def test_bits_lie_where_the_format_says(bits: int, planes: tuple[int, ...]) -> N
             low, start = low + size, start + 32 * size
 
 
-@pytest.mark.parametrize("widths", [(b,) * 4 for b in ALL_WIDTHS] + [(8, 7, 6, 5), (4, 3, 2, 1), (16, 4, 16, 4)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(b,) * 4 for b in ALL_WIDTHS] + [(8, 7, 6, 5), (4, 3, 2, 1), (16, 4, 16, 4)], ids=str
+)
 @pytest.mark.parametrize("channels", [128, 101])
 @pytest.mark.parametrize("rows", [1, 32, 45])
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.0])

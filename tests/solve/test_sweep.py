@@ -46,7 +46,9 @@ def naive(weight: Tensor, h: Tensor, solved: QuantizedWeight) -> Tensor:
 @pytest.mark.parametrize("widths", [(4, 4, 4), (8, 4, 2), (3, 3, 1)])
 @pytest.mark.parametrize("sparsity", [None, 0.5, "2:4"])
 @pytest.mark.parametrize("config", [GridConfig(), GridConfig(symmetric=True), GridConfig(group_size=None)])
-def test_agrees_with_naive_elimination(widths: tuple[int, ...], sparsity: float | str | None, config: GridConfig) -> None:
+def test_agrees_with_naive_elimination(
+    widths: tuple[int, ...], sparsity: float | str | None, config: GridConfig
+) -> None:
     weight, h = problem(5, 80)
     solved = sweep(weight, upper_of(h), Layout(80, widths, config.group_size), config, Sparsity.parse(sparsity))
     off = (solved.dequantize().double() - naive(weight, h, solved)).abs()

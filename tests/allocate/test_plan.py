@@ -1,0 +1,59 @@
+"""Plans: order, layout and bytes."""
+
+import pytest
+import torch
+
+from mpfx.allocate import GroupPlan, stored_bits_per_weight
+from mpfx.nn import pack, permutation_bytes
+from mpfx.solve import GridConfig, Sparsity, sweep
+
+
+def plan(bits: list[int], *, activation_order: bool = True, sparsity: str | None = None, rows: int = 40) -> GroupPlan:
+    return GroupPlan(
+        name="a",
+        rows={"a": rows, "b": 2 * rows},
+        bits=torch.tensor(bits, dtype=torch.uint8),
+        sparsity=Sparsity.parse(sparsity),
+        activation_order=activation_order,
+        grid=GridConfig(),
+    )
+
+
+def test_order_is_by_width_then_activation() -> None:
+    mixed = plan([2] * 32 + [4] * 32)
+    activation = torch.arange(64.0)
+    order = mixed.order(activation)
+    assert order is not None
+    assert order.tolist() == [*range(63, 31, -1), *range(31, -1, -1)]
+    natural = plan([2] * 32 + [4] * 32, activation_order=False).order(activation)
+    assert natural is not None
+    assert natural.tolist() == [*range(32, 64), *range(32)]
+    assert mixed.layout.widths == (4, 2)
+
+
+def test_nothing_is_permuted_where_nothing_has_to_be() -> None:
+    uniform = plan([4] * 64, activation_order=False)
+    assert uniform.order(torch.rand(64)) is None
+    assert not uniform.permuted
+    assert uniform.stored_bytes() + permutation_bytes(64) == plan([4] * 64).stored_bytes()
+
+
+@pytest.mark.parametrize("sparsity", [None, "0.5", "2:4"])
+@pytest.mark.parametrize("bits", [[4] * 128, [8] * 32 + [3] * 64 + [2] * 32, [5] * 96 + [1] * 8])
+def test_bytes_are_those_of_the_solved_weight(sparsity: str | None, bits: list[int]) -> None:
+    decided = plan(bits, sparsity=sparsity)
+    channels = len(bits)
+    weight = torch.randn(120, channels, generator=torch.Generator().manual_seed(0))
+    solved = sweep(weight, torch.eye(channels), decided.layout, decided.grid, decided.sparsity)
+    # Stacked rows share the mask: the whole is as long as planned up to the padding of streams.
+    whole = pack(solved).nbytes + permutation_bytes(channels)
+    assert decided.stored_bytes() == pytest.approx(whole, abs=8 * 4 * 8 * 2 + 200)
+    assert decided.code_bits == sum(bits) / channels
+    assert stored_bits_per_weight([decided]) == 8 * decided.stored_bytes() / (120 * channels)
+
+
+def test_json_names_everything() -> None:
+    data = plan([8] * 32 + [2] * 32, sparsity="2:4").to_json()
+    assert data["bits"] == [[32, 8], [32, 2]]
+    assert data["sparsity"] == "2:4"
+    assert data["sites"] == {"a": 40, "b": 80}

@@ -1,0 +1,65 @@
+"""The recorder without a Trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpfx.callbacks import CallRecorder
+from mpfx.graph import InputGroup, trace
+from mpfx.passes import LocateSites, located, run_passes
+
+
+def prepare(module: nn.Module) -> Any:
+    def at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
+        gm = run_passes(trace(module, args, kwargs), [LocateSites()])
+        return gm, located(gm)
+
+    return at_first_call
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return torch.cat([self.one(x), self.two(x)], -1) * scale
+
+
+def test_records_calls_and_statistics_from_the_first_call_on() -> None:
+    module, inputs = Net(), [torch.randn(n, 8) for n in (4, 7, 3)]
+    recorder = CallRecorder(module, prepare(module))
+    recorder.open()
+    with torch.inference_mode():
+        for x in inputs:
+            module(x, scale=2.0)
+    recorder.close()
+    module(torch.randn(2, 8))  # not recorded any more
+    x = torch.cat(inputs)
+    (moments,) = recorder.moments().values()
+    assert moments.tokens == 14
+    torch.testing.assert_close(moments.hessian, 2 / 14 * x.t() @ x)
+    assert [call["x"].shape[0] for call in recorder.calls] == [4, 7, 3]
+    assert all(torch.equal(call["x"], given) for call, given in zip(recorder.calls, inputs, strict=True))
+    assert not any(call["x"].is_inference() for call in recorder.calls)
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def test_what_the_model_does_to_its_inputs_later_does_not_reach_the_record() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.one(x.mul_(2))
+            return out
+
+    module, x = InPlace(), torch.ones(3, 8)
+    recorder = CallRecorder(module, prepare(module))
+    recorder.open()
+    with torch.no_grad():
+        module(x)
+    recorder.close()
+    assert torch.equal(recorder.calls[0]["x"], torch.ones(3, 8))

@@ -1,0 +1,190 @@
+"""The callback under real Trainers."""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpfx.callbacks
+from mpfx.callbacks import ModelCompression
+from mpfx.lm import CausalLM, make_trainer, quiet_lightning
+from mpfx.nn import MixedPrecisionLinear
+from mpfx.passes import CompressionConfig, PassError
+
+Batches = list[dict[str, Tensor]]
+Validate = Callable[..., None]
+
+
+def packed(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, MixedPrecisionLinear)]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+class Scored(pl.LightningModule):
+    """A user's own module: its forward is what validation calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.seen.append(self(batch).detach())
+
+
+def test_the_package_is_known_by_one_name() -> None:
+    assert mpfx.callbacks.ModelCompression.__module__ == "mpfx.callbacks.compression"
+    assert "callbacks" not in sys.modules
+
+
+@pytest.mark.parametrize("allocation", ["fixed", "quantile"])
+def test_one_validation_loop_compresses(llama: Any, batches: Batches, validate: Validate, allocation: Any) -> None:
+    dense = copy.deepcopy(llama)
+    module = CausalLM(llama)
+    callback = ModelCompression(
+        CompressionConfig(code_bits=4, allocation=allocation), module="model", heads=["lm_head"]
+    )
+    validate(module, batches, callback)
+    assert callback.done
+    assert len(packed(llama)) == 21
+    assert "lm_head" not in packed(llama)
+    assert set(callback.seconds) == {"trace", "observe", "allocate", "solve", "pack"}
+    assert all(seconds >= 0 for seconds in callback.seconds.values())
+    assert hooks(llama) == 0
+    assert module.model is llama
+    before, after = dense(**batches[0]).logits, llama(**batches[0]).logits
+    assert 0 < float((before - after).norm().detach() / before.norm().detach()) < 0.8
+    state = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    validate(module, batches, callback)  # a second loop evaluates and changes nothing
+    assert all(torch.equal(tensor, state[name]) for name, tensor in llama.state_dict().items())
+
+
+def test_equals_the_passes_called_by_hand(llama: Any, batches: Batches, validate: Validate) -> None:
+    from mpfx.graph import bind_inputs, trace
+    from mpfx.passes import Allocate, LocateSites, Pack, PruneAndQuantize, run_passes
+
+    config, twin = CompressionConfig(code_bits=3, sparsity=0.25), copy.deepcopy(llama)
+    validate(CausalLM(llama), batches, ModelCompression(config, module="model", heads=["lm_head"]))
+    gm = trace(twin, (), {**batches[0], "use_cache": False})
+    values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+    run_passes(gm, [LocateSites(heads=["lm_head"]), Allocate(config, {}), PruneAndQuantize(values), Pack()])
+    for (name, ours), theirs in zip(llama.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_lightning_module_itself(validate: Validate) -> None:
+    torch.manual_seed(0)
+    module, x = Scored(), torch.randn(32, 40)
+    before = module(x).detach()
+    validate(module, [x, torch.randn(20, 40)], ModelCompression(CompressionConfig(code_bits=8)))
+    assert packed(module) == ["net.0", "net.2", "net.4"]
+    assert float((module(x) - before).norm().detach() / before.norm()) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precision_plugins(llama: Any, batches: Batches, validate: Validate, precision: str) -> None:
+    module = CausalLM(llama)
+    callback = ModelCompression(CompressionConfig(code_bits=4), module="model", heads=["lm_head"])
+    validate(module, batches[:2], callback, precision=precision)
+    assert len(packed(llama)) == 21
+    validate(module, batches[:2], precision=precision)
+    site = llama.model.layers[0].mlp.up_proj
+    assert site.scales.dtype == torch.float16
+    errors = [entry.relative_error for group in callback.solved for entry in group.reports()]
+    assert max(errors) < 0.05
+
+
+def test_results_are_the_same_every_time(llama: Any, batches: Batches, validate: Validate) -> None:
+    twin = copy.deepcopy(llama)
+    for model in (llama, twin):
+        torch.manual_seed(len(packed(model)))  # whatever the global generator holds
+        config = CompressionConfig(code_bits=4, sparsity=0.5, allocation="quantile")
+        validate(CausalLM(model), batches, ModelCompression(config, module="model", heads=["lm_head"]))
+    for (name, one), two in zip(llama.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_weights_can_be_trained_on_afterwards(llama: Any, batches: Batches, validate: Validate) -> None:
+    """Nothing that is left in the model is an inference tensor."""
+    config = CompressionConfig(code_bits=4)
+    validate(CausalLM(llama), batches, ModelCompression(config, module="model", heads=["lm_head"]))
+    assert not any(t.is_inference() for t in (*llama.parameters(), *llama.buffers()))
+    llama(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
+    assert llama.model.embed_tokens.weight.grad is not None
+
+
+class Fails(pl.Callback):
+    """Raises at a batch."""
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        raise KeyError("user's own mistake")
+
+
+def test_no_hook_is_left_after_an_exception(llama: Any, batches: Batches, validate: Validate) -> None:
+    state = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    callback = ModelCompression(CompressionConfig(code_bits=4, allocation="budget"), module="model")
+    with pytest.raises(KeyError, match="own mistake"):
+        validate(CausalLM(llama), batches, callback, Fails())
+    assert hooks(llama) == 0
+    assert not callback.done
+    assert all(torch.equal(tensor, state[name]) for name, tensor in llama.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", r"`module` to be the path of a submodule of CausalLM but got 'nothing'; .*'model'"),
+        ("", "was not called during validation"),
+        ("model.lm_head", "no Linear is left to compress"),
+    ],
+)
+def test_a_wrong_target_is_named(llama: Any, batches: Batches, validate: Validate, target: str, message: str) -> None:
+    callback = ModelCompression(CompressionConfig(code_bits=4), heads=["", "lm_head"], module=target)
+    with pytest.raises((ValueError, RuntimeError, PassError), match=message):
+        validate(CausalLM(llama), batches, callback)
+    assert hooks(llama) == 0
+
+
+def test_an_infeasible_budget_stops_at_the_first_batch(llama: Any, batches: Batches, validate: Validate) -> None:
+    steps: list[int] = []
+
+    class Counts(CausalLM):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            steps.append(batch_idx)
+
+    callback = ModelCompression(CompressionConfig(bits_per_weight=0.7), module="model", heads=["lm_head"])
+    with pytest.raises(ValueError, match="`bits_per_weight` of at least"):
+        validate(Counts(llama), batches, callback)
+    assert steps == []
+
+
+def test_validation_inside_of_fit_is_left_alone() -> None:
+    class Trained(Scored):
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            loss: Tensor = self(batch).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback, module = ModelCompression(CompressionConfig(code_bits=4)), Trained()
+    data: Any = torch.utils.data.DataLoader([torch.randn(8, 40)] * 2, batch_size=None)  # type: ignore[arg-type]
+    with quiet_lightning():
+        trainer = make_trainer("cpu", 1, callbacks=[callback], progress=False)
+        trainer.fit_loop.max_epochs = 1
+        trainer.fit(module, data, data)
+    assert packed(module) == []
+    assert not callback.done

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpfx.graph import bind_inputs, blocks, run_block, sites, trace
+
+
+def test_llama_blocks(family: Any) -> None:
+    model, sample = family("llama")
+    gm = trace(model, (), sample(2, 5))
+    parts = blocks(gm)
+    assert [part.name for part in parts] == ["prefix", "model.layers.0", "model.layers.1", "suffix"]
+    assert [part.index for part in parts] == [0, 1, 2, 3]
+    assert [part.is_last for part in parts] == [False, False, False, True]
+    assert parts[0].needs == ("input_ids", "attention_mask")
+    assert parts[3].sites == ("lm_head",)
+    assert [site.block for site in sites(gm)] == [1] * 7 + [2] * 7 + [None]
+    assert "input_ids" not in run_block(parts[0], bind_inputs(gm, (), sample(3, 8)), parts[1:])
+
+
+def test_chain_blocks(chain: nn.Module, run_in_blocks: Any) -> None:
+    gm = trace(chain, (torch.randn(2, 8),))
+    assert [part.name for part in blocks(gm)] == ["0", "1", "suffix"]
+    x = torch.randn(5, 8)
+    assert torch.equal(run_in_blocks(gm, x), chain(x))
+
+
+def test_model_without_lists_is_cut_where_one_value_is_handed_on(run_in_blocks: Any) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+    gm, x = trace(module, (torch.randn(2, 8),)), torch.randn(5, 8)
+    assert [part.name for part in blocks(gm)] == ["part.0", "part.1", "part.2"]
+    assert [site.block for site in sites(gm)] == [0, 1, 2]
+    assert torch.equal(run_in_blocks(gm, x), module(x))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(3)
+        )
+        self.shared, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for layer in self.layers:
+            x += layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+class SharedLinear(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.layers[0](x))
+        x = self.shared(self.layers[1](x))
+        out: Tensor = self.head(self.layers[2](x))
+        return out
+
+
+class SharedBuffer(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        buffer = torch.zeros(3, x.shape[0], 4)
+        for i, layer in enumerate(self.layers):
+            buffer[i] = layer(x if i == 0 else buffer[i - 1])
+        out: Tensor = self.head(buffer.sum(0))
+        return out
+
+
+def part_names(gm: Any) -> list[str]:
+    return [part.name for part in blocks(gm)]
+
+
+def test_block_that_writes_to_its_input_can_run_again(run_in_blocks: Any) -> None:
+    module, x = Layers(), torch.randn(5, 4)
+    gm = trace(module, (torch.randn(2, 4),))
+    assert part_names(gm) == ["prefix", "layers.0", "layers.1", "layers.2", "suffix"]
+    with torch.no_grad():
+        assert torch.equal(run_in_blocks(gm, x), module(x))
+
+
+def test_calls_of_one_layer_stay_in_one_block(run_in_blocks: Any) -> None:
+    module, x = SharedLinear(), torch.randn(5, 4)
+    gm = trace(module, (torch.randn(2, 4),))
+    calls = [part.name for part in blocks(gm) if "shared" in part.sites]
+    assert len(calls) == 1
+    assert torch.equal(run_in_blocks(gm, x), module(x))
+
+
+def test_memory_that_several_parts_write_stays_in_one_block(run_in_blocks: Any) -> None:
+    module, x = SharedBuffer(), torch.randn(5, 4)
+    gm = trace(module, (torch.randn(2, 4),))
+    assert part_names(gm) == ["layers.0", "suffix"]
+    with torch.no_grad():
+        assert torch.equal(run_in_blocks(gm, x), module(x))

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpfx.graph import TraceError, bind_inputs, blocks, sites, trace
+
+ALL = ["llama", "opt", "gpt2", "qwen2", "mistral", "gemma2", "phi3", "gptneox", "falcon", "mixtral", "bert", "t5"]
+
+
+def linear_paths(model: nn.Module) -> set[str]:
+    kinds = ("Linear", "Conv1D", "FalconLinear")
+    return {name for name, module in model.named_modules() if type(module).__name__ in kinds}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_graph_and_blocks_equal_the_model_on_another_batch(name: str, family: Any, run_in_blocks: Any) -> None:
+    model, sample = family(name)
+    gm = trace(model, (), sample(2, 9, padded=False) | {"attention_mask": torch.ones(2, 9, dtype=torch.long)})
+    assert {site.path for site in sites(gm)} == linear_paths(model)
+    gm.graph.lint()
+    for other in (sample(3, 13), sample(1, 6)):
+        with torch.no_grad():
+            expected = model(**other).logits
+            assert torch.equal(gm(**other)["logits"], expected)
+            assert torch.equal(run_in_blocks(gm, **other)["logits"], expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_model_without_attention_mask(name: str, family: Any, run_in_blocks: Any) -> None:
+    model, sample = family(name)
+    gm = trace(model, (torch.randint(3, 96, (2, 7)),))
+    other = torch.randint(3, 96, (3, 11))
+    with torch.no_grad():
+        assert torch.equal(gm(input_ids=other)["logits"], model(other).logits)
+        assert torch.equal(run_in_blocks(gm, other)["logits"], model(other).logits)
+    with pytest.raises(ValueError, match="attention_mask"):
+        gm(**sample(2, 7))
+
+
+def test_output_holds_tensors_only(family: Any) -> None:
+    model, sample = family("llama")
+    assert set(trace(model, (), sample(2, 5) | {"use_cache": True})(**sample(2, 5))) == {"logits"}
+    with_hidden = trace(model, (), sample(2, 5) | {"output_hidden_states": True, "return_dict": False})
+    logits, hidden = with_hidden(**sample(2, 5))
+    assert isinstance(logits, Tensor)
+    assert len(hidden) == 3
+
+
+def test_replacing_a_module_reaches_model_graph_and_blocks(family: Any, run_in_blocks: Any) -> None:
+    model, sample = family("llama")
+    gm, batch = trace(model, (), sample(2, 5)), sample(3, 8)
+    before, parts = gm(**batch)["logits"], blocks(gm)
+    for site in sites(gm):
+        model.set_submodule(site.path, nn.Linear(site.in_features, site.out_features))
+    expected = model(**batch).logits
+    assert not torch.equal(before, expected)
+    assert torch.equal(gm(**batch)["logits"], expected)
+    assert torch.equal(run_in_blocks(gm, **batch)["logits"], expected)
+    assert blocks(gm) is parts
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_mode_and_autocast_around_the_trace(training: bool, family: Any) -> None:
+    model, sample = family("llama")
+    model.train(training)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        batch = sample(2, 7)
+        assert batch["input_ids"].is_inference()
+        gm = trace(model, (), batch)
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_inference_mode_enabled()
+        other = sample(3, 9)
+        assert torch.equal(gm(**other)["logits"], model(**other).logits)
+    other = sample(3, 9)
+    assert torch.equal(gm(**other)["logits"], model(**other).logits)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_model_on_the_meta_device(device: str, family: Any) -> None:
+    model, sample = family("llama")
+    empty = copy.deepcopy(model).to("meta")
+    gm = trace(empty, (), {name: value.to(device) for name, value in sample(2, 5).items()})
+    assert [site.path for site in sites(gm)] == [site.path for site in sites(trace(model, (), sample(2, 5)))]
+    if device == "cpu":  # the weights may come after the trace
+        empty.to_empty(device="cpu")
+        for kind in ("named_parameters", "named_buffers"):
+            values = dict(getattr(model, kind)())
+            for name, tensor in getattr(empty, kind)():
+                tensor.data.copy_(values[name])
+        batch = sample(3, 8)
+        assert torch.equal(gm(**batch)["logits"], model(**batch).logits)
+
+
+def test_batch_of_one_stays_dynamic(chain: nn.Module) -> None:
+    gm = trace(chain, (torch.randn(1, 5, 8),))
+    x = torch.randn(4, 3, 8)
+    assert torch.equal(gm(input=x), chain(x))
+
+
+def test_lightning_module_around_a_model(family: Any, run_in_blocks: Any) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Wrapped(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs).logits
+
+    model, sample = family("llama")
+    module = Wrapped(model)
+    gm = trace(module, (sample(2, 5)["input_ids"],), {"use_cache": False})
+    ids = sample(3, 8)["input_ids"]
+    assert torch.equal(gm(args_0=ids), module(ids, use_cache=False))
+    assert torch.equal(run_in_blocks(gm, ids), module(ids))
+    assert sites(gm)[0].path == "model.model.layers.0.self_attn.q_proj"
+
+
+class Flexible(nn.Module):
+    """Takes arguments of all kinds, writes to its buffer, and keeps something from each call."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+        self.plain = torch.ones(8)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, scale: float = 2.0, *rest: Tensor, flag: bool = True, **more: Any) -> Any:
+        self.calls.add_(1)
+        self.seen.append(x)
+        self.last = x
+        y = self.a(x) * scale + self.plain + self.calls
+        for other in (*rest, *more["extra"]["parts"]):
+            y = y + other
+        return {"y": y if flag else -y, "nothing": None, "list": [y + 1, 3]}
+
+
+def flexible_call() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(4, 8), 3.0, torch.randn(4, 8)), {"extra": {"parts": [torch.randn(4, 8)]}}
+
+
+def test_arguments_of_all_kinds() -> None:
+    module = Flexible()
+    args, kwargs = flexible_call()
+    gm = trace(module, args, kwargs)
+    assert module.calls == 0
+    assert module.seen == []
+    assert not hasattr(module, "last")
+    args, kwargs = flexible_call()
+    module.calls.zero_()
+    expected = module(*args, **kwargs)
+    module.calls.zero_()
+    values = bind_inputs(gm, args, kwargs)
+    assert values.keys() == {"x", "rest_0", "extra", "scale", "flag"}
+    assert values["flag"] is True
+    result = gm(**values)
+    assert result.keys() == {"y", "list"}
+    assert torch.equal(result["y"], expected["y"])
+    assert torch.equal(result["list"][0], expected["list"][0])
+    assert module.calls == 1
+
+
+def test_calls_that_differ_from_the_traced_one_are_refused() -> None:
+    args, kwargs = flexible_call()
+    gm = trace(Flexible(), args, kwargs)
+    bind_inputs(gm, args, kwargs)
+    with pytest.raises(ValueError, match="`flag` to be True"):
+        bind_inputs(gm, args, {**kwargs, "flag": False})
+    with pytest.raises(ValueError, match=r"`extra\['more'\]` was not there"):
+        bind_inputs(gm, args, {"extra": {**kwargs["extra"], "more": 1}})
+    with pytest.raises(ValueError, match=r"`extra\['parts'\]\[0\]`, which was there"):
+        bind_inputs(gm, args, {"extra": {"parts": []}})
+    with pytest.raises(ValueError, match=r"`x` with 2 dimensions of torch.float32"):
+        bind_inputs(gm, (args[0].double(), *args[1:]), kwargs)
+    with pytest.raises(ValueError, match=r"`scale` to be 3\.0"):
+        bind_inputs(gm, (args[0], 2.0, args[2]), kwargs)
+    with pytest.raises(TypeError, match="rest_0"):
+        bind_inputs(gm, args[:2], kwargs)
+
+
+def test_batch_norm_in_training_keeps_its_statistics() -> None:
+    module = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Flatten()).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    random_state = torch.get_rng_state()
+    trace(module, (torch.randn(2, 3, 9, generator=torch.Generator()),))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = BranchInner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
+class BranchInner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        if y.mean() > 0:  # the line that the error names
+            y = -y
+        return y
+
+
+def test_data_dependent_branch_is_named() -> None:
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "the line that" in text)
+    with pytest.raises(TraceError, match=rf"`inner` \(BranchInner\) at .*test_tracing\.py:{line}: .*torch\.where"):
+        trace(Branch(), (torch.randn(2, 4),))
+
+
+def test_nothing_is_left_behind_after_an_error() -> None:
+    call, module = nn.Module.__call__, Branch()
+    with pytest.raises(TraceError):
+        trace(module, (torch.randn(2, 4),))
+    assert nn.Module.__call__ is call
+    assert not torch.compiler.is_compiling()
+    assert not torch.compiler.is_exporting()
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
+    assert type(module(torch.randn(2, 4))) is Tensor
+
+
+class Refused(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.body = nn.Linear(4, 4), forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self.a, x)
+
+
+def with_autocast(a: nn.Module, x: Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return a(x)
+
+
+def with_data(a: nn.Module, x: Tensor) -> Any:
+    x.data = a(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "problem"),
+    [
+        (lambda a, x: torch.vmap(a)(x), "torch.func"),
+        (lambda a, x: torch.from_numpy(a(x).numpy()), "NumPy"),
+        (with_autocast, "autocast"),
+        (with_data, "copy_"),
+        (lambda a, x: x.tolist(), "values of a tensor|returns no tensor"),
+        (lambda a, x: 3, "returns no tensor"),
+        (lambda a, x: a(x[:, :3]), "RuntimeError"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(forward: Any, problem: str) -> None:
+    with pytest.raises(TraceError, match=problem):
+        trace(Refused(forward), (torch.randn(2, 4),))
+
+
+def test_object_that_holds_tensors_is_refused(family: Any) -> None:
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    model, sample = family("llama")
+    cache = cache_utils.DynamicCache()
+    gm = trace(model, (), sample(2, 5) | {"past_key_values": cache})
+    assert len(cache) == 0
+    bind_inputs(gm, (), sample(2, 5) | {"past_key_values": cache_utils.DynamicCache()})
+    model(**sample(2, 5), past_key_values=cache)
+    with pytest.raises(TraceError, match="`past_key_values` is a DynamicCache that holds tensors"):
+        trace(model, (), sample(2, 5) | {"past_key_values": cache})
+    with pytest.raises(ValueError, match="past_key_values"):
+        gm(**sample(2, 5), past_key_values=cache)
+
+
+def test_hooks_of_others_take_part(chain: nn.Module) -> None:
+    shapes: list[torch.Size] = []
+    chain[0].gate.register_forward_hook(lambda module, args, out: shapes.append(out.shape))  # type: ignore[index]
+    chain.register_forward_hook(lambda module, args, out: 2 * out)
+    gm, x = trace(chain, (torch.randn(2, 8),)), torch.randn(5, 8)
+    assert torch.equal(gm(input=x), chain(x))
+    assert shapes[-1] == (5, 12)
+
+
+def test_tracing_from_a_hook_of_the_module_says_so(chain: nn.Module) -> None:
+    chain.register_forward_pre_hook(lambda module, args: trace(module, args) and None)
+    with pytest.raises(TraceError, match="hook"):
+        chain(torch.randn(2, 8))
+
+
+def test_export_finds_the_same_linear_layers(family: Any) -> None:
+    model, sample = family("llama")
+    batch = sample(2, 6) | {"use_cache": False}
+    exported = torch.export.export(model, (), batch, strict=False)
+    stacks = [node.meta.get("nn_module_stack", {}) for node in exported.graph.nodes if node.op == "call_function"]
+    visited = {path for stack in stacks for path, _ in stack.values()}
+    found = {site.path for site in sites(trace(model, (), batch))}
+    assert found == {path for path in visited if isinstance(model.get_submodule(path), nn.Linear)}

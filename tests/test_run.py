@@ -1,0 +1,209 @@
+"""Whole runs from the command line, on a small OPT with random weights and local data in c4's shape."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+import mpfx
+from mpfx.cli import main
+from mpfx.nn import MixedPrecisionLinear
+
+ROOT = Path(__file__).parent.parent
+WORDS = [f"w{i}" for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder `opt` and a data set folder `c4` with config `en`."""
+    base = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(vocab_size=102, num_hidden_layers=2, max_position_embeddings=64, **sizes))
+    model.save_pretrained(base / "opt")
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]", "[PAD]"])}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(base / "opt")
+    (base / "c4").mkdir()
+    front = "configs:\n- config_name: en\n  data_files:\n"
+    for split in ("train", "validation"):
+        generator = torch.Generator().manual_seed(len(split))
+        rows = [
+            {"text": " ".join(WORDS[i] for i in torch.randint(0, 100, (40,), generator=generator))} for _ in range(60)
+        ]
+        with gzip.open(base / "c4" / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        front += f"  - split: {split}\n    path: {split}.jsonl.gz\n"
+    (base / "c4" / "README.md").write_text(f"---\n{front}---\n")
+    return base
+
+
+def arguments(folder: Path, output: Path, *more: str, config: str = "opt-125m") -> list[str]:
+    """The founding example's own config, with the names replaced by local ones and small sizes."""
+    return [
+        *("compress", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--model", str(folder / "opt")),
+        *("--calibration.data", f"{folder / 'c4'}:en:train", "--calibration.samples", "8"),
+        *("--calibration.length", "32", "--evaluation.data", f"{folder / 'c4'}:en:validation"),
+        *("--evaluation.samples", "8", "--evaluation.length", "32", "--output", str(output)),
+        *("--trainer.accelerator", "cpu", "--progress", "false", *more),
+    ]
+
+
+def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    shown = capsys.readouterr().out
+    assert "tiers of allocation quantile set the size" in shown
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"] == str(folder / "opt")
+    assert report["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert 4.0 < report["code_bits"] <= 8
+    assert set(report["seconds"]) >= {"trace", "observe", "allocate", "solve", "pack", "evaluate", "total"}
+    assert set(report["perplexity"]) == {"dense", "compressed"}
+    assert report["peak_memory_bytes"] > 1e8
+    assert len(report["sites"]) == 12
+    assert list(report["left_dense"]) == ["lm_head"]
+    assert report["bytes"]["compressed"] < report["bytes"]["dense"]
+    stored = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert stored - report["bytes"]["compressed"] < 40_000  # the header: names and offsets
+    bits = sum(s["bits_per_weight"] * n for s, n in zip(report["sites"], numels(tmp_path / "out"), strict=True))
+    assert bits / sum(numels(tmp_path / "out")) == pytest.approx(report["bits_per_weight"])
+
+    assert main(["evaluate", str(tmp_path / "out"), *evaluation(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["perplexity"] == pytest.approx(report["perplexity"]["compressed"], rel=1e-6)
+    assert result["tokens"] == 8 * 31
+    assert main(["evaluate", str(folder / "opt"), *evaluation(folder), "--progress", "false"]) == 0
+    assert f"perplexity {report['perplexity']['dense']:.4f}" in capsys.readouterr().out
+
+
+def evaluation(folder: Path) -> list[str]:
+    data = f"{folder / 'c4'}:en:validation"
+    return ["--evaluation.data", data, "--evaluation.samples", "8", "--evaluation.length", "32"]
+
+
+def numels(output: Path) -> list[int]:
+    modules = [m for m in mpfx.load(output).modules() if isinstance(m, MixedPrecisionLinear)]
+    return [m.in_features * m.out_features for m in modules]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--allocation", "budget", "--sparsity", "2:4"),
+        ("--allocation", "threshold", "--sparsity", "null"),
+        ("--allocation", "fixed", "--code_bits", "16"),
+        ("--allocation", "budget", "--code_bits", "null", "--bits_per_weight", "6", "--sparsity", "null"),
+        ("--allocation", "fixed", "--code_bits", "4", "--compress_head", "true", "--grid.group_size", "null"),
+    ],
+    ids=lambda more: "-".join(more[1::2]),
+)
+def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    assert main(arguments(folder, tmp_path / "out", *more)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    config = report["config"]
+    assert config["allocation"] == more[1]
+    if config["bits_per_weight"]:
+        assert 5.5 < report["bits_per_weight"] <= 6
+    assert report["perplexity"]["compressed"] < 3 * report["perplexity"]["dense"]
+    assert main(arguments(folder, tmp_path / "out", *more)) == 0  # over an earlier run
+    again = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert again["perplexity"] == report["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bits_per_weight", "4"], "exactly one of `bits_per_weight`"),
+        (["--sparsity", "1.5"], "`sparsity` to be a fraction"),
+        (["--importance.weight", "-1"], "importance.weight"),
+        (["--trainer.devices", "2"], "`trainer.devices` to be 1"),
+        (["--calibration.samples", "0"], "calibration.samples"),
+        (["--calibration.samples", "100000"], "calibration.data"),
+        (["--calibration.data", "nothing.txt"], "nothing.txt"),
+        (["--calibration.data", "same"], "split"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--dense", "[nope]"], "'nope' matches none of"),
+        (["--allocation", "fixed", "--code_bits", "null", "--bits_per_weight", "0.8"], "`bits_per_weight` of at least"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    if more[-1] == "same":
+        more = ["--calibration.data", f"{folder / 'c4'}:en:validation"]
+    try:
+        status = main(arguments(folder, tmp_path / "out", *more))
+    except SystemExit as error:
+        status = int(error.code or 0)
+    assert status == 2
+    assert message in capfd.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("code_bits: 4\nbits_per_wait: 3\n", "bits_per_wait"),
+        ("code_bits: 4\nsparsity: 2:4\n", "in YAML it needs the quotes"),  # YAML reads 2:4 as 124
+        ("code_bits: four\n", "code_bits"),
+        ("code_bits: [\n", "config"),
+    ],
+)
+def test_wrong_config_files_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    try:
+        status = main(["compress", "--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "out")])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    assert status == 2
+    assert message in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_a_folder_of_other_things_is_not_overwritten(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(arguments(folder, tmp_path)) == 2
+    assert "holds other files" in capfd.readouterr().err.replace("\n", " ")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_complete(path: Path) -> None:
+    from mpfx.cli import parser
+
+    fields = yaml.safe_load(path.read_text())
+    options: Any = parser().parse_args(["compress", "--config", str(path)])
+    assert options.compress.model == fields["model"]
+    assert options.compress.output == fields["output"]
+
+
+def test_debug_level_shows_scores(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(arguments(folder, tmp_path / "out", "--log_level", "debug"))
+    err = capfd.readouterr().err
+    assert "importance" in err
+    assert "relative error" in err
+    main(arguments(folder, tmp_path / "out"))
+    assert "importance" not in capfd.readouterr().err
+
+
+def test_the_command_is_installed(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "mpfx.cli", "--help"], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert "compress" in result.stdout
+    assert "evaluate" in result.stdout
