@@ -17,9 +17,12 @@ from mpfx.graph.calls import PLAIN_TYPES, has_tensor
 from mpfx.graph.compat import (
     SYMBOLIC_NUMBERS,
     FakeTensor,
+    FakeTensorMode,
     Symbol,
     emit_expression,
+    is_transformed,
     size_symbol,
+    static_fake,
     storage_key,
     symbolic_expression,
 )
@@ -37,6 +40,8 @@ class GraphBuilder:
 
     Args:
         root: The traced module, whose parameters and buffers become ``get_attr`` nodes.
+        mode: Makes the fakes.
+        device: Of the inputs; parameters on the meta device are taken to be there too.
 
     Attributes:
         graph: The graph so far.
@@ -44,11 +49,13 @@ class GraphBuilder:
         stack: Paths of the modules that are running, outermost first.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
         self.graph = fx.Graph()
         self.constants = nn.Module()
         self.stack: list[str] = []
+        self._mode, self._device = mode, device
         self._attributes = _attribute_names(root)
+        self._fakes: dict[int, tuple[Tensor, FakeTensor]] = {}  # of real tensors by their id, and these themselves
         self._nodes: dict[int, fx.Node] = {}  # by the id of a tensor, which `_alive` keeps from being reused
         self._alive: list[Tensor] = []
         self._symbols: dict[Any, fx.Node] = {}
@@ -83,6 +90,20 @@ class GraphBuilder:
         """Whether this very tensor is already some node's value."""
         return id(tensor) in self._nodes or id(tensor) in self._attributes
 
+    def fake(self, tensor: Tensor) -> FakeTensor:
+        """The fake of a parameter, a buffer or a constant; fakes as they are.
+
+        Raises:
+            UnsupportedCodeError: If the tensor stands for others inside ``torch.func``.
+        """
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if is_transformed(tensor):
+            raise UnsupportedCodeError("the forward uses torch.func (vmap, grad), whose calls a graph does not hold")
+        if id(tensor) not in self._fakes:
+            self._fakes[id(tensor)] = (tensor, static_fake(self._mode, tensor, self._device))
+        return self._fakes[id(tensor)][1]
+
     def argument(self, value: Any) -> Any:
         """What stands for a value of the forward in the arguments of a node.
 
@@ -111,7 +132,7 @@ class GraphBuilder:
         self._alive.append(tensor)
         self._nodes[id(tensor)] = node
         node.meta[META_KEY] = replace(
-            node_info(node), sizes=tuple(tensor.shape), dtype=tensor.dtype, storage=storage_key(tensor)
+            node_info(node), sizes=tuple(tensor.shape), dtype=tensor.dtype, storage=storage_key(self.fake(tensor))
         )
         for dim, size in enumerate(tensor.shape):
             symbol = size_symbol(size)

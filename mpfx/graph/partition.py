@@ -114,12 +114,12 @@ def _sites_called(part: _Part, record: TraceRecord) -> Iterator[str]:
 
 def _repeated_children(record: TraceRecord) -> set[str]:
     """Paths of the children of the outermost lists of modules that have linear layers or experts inside."""
-    heavy = record.linears.keys() | record.experts
+    above = {prefix for path in record.linears.keys() | record.experts for prefix in _ancestors(path)}
     labels: set[str] = set()
     for path, module in record.model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(_inside(path, label) for label in labels):
             children = {f"{path}.{name}".lstrip("."): child for name, child in module.named_children()}
-            deep = {p: c for p, c in children.items() if any(h != p and _inside(h, p) for h in heavy)}
+            deep = {p: c for p, c in children.items() if p in above}
             if isinstance(module, nn.Sequential):  # a plain chain repeats only what is of one kind
                 deep = {p: c for p, c in deep.items() if sum(type(o) is type(c) for o in deep.values()) > 1}
             if len(deep) > 1:
@@ -129,6 +129,12 @@ def _repeated_children(record: TraceRecord) -> set[str]:
 
 def _inside(path: str, label: str) -> bool:
     return path == label or path.startswith(label + ".")
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _split_at_children(nodes: Sequence[fx.Node], labels: set[str]) -> list[_Part]:
@@ -190,21 +196,22 @@ def _unbreakable(parts: Sequence[_Part], record: TraceRecord, graph: fx.Graph) -
 
 
 def _writes_across(parts: Sequence[_Part], graph: fx.Graph) -> Iterator[tuple[int, int]]:
-    """Ranges in which memory made in one part is written in another and read, as it was made, in a third.
+    """Ranges in which memory made in one part is written in another, where this must reach other readers.
 
-    A block may run several times on the same inputs, so it writes to a copy of these (see `_part_module`): the
-    write would be lost for whoever reads the original.
+    A block may run several times on the same inputs, so it writes to a copy of these (see `_part_module`). The
+    write would be lost for later readers of the original, and for the block's own other views of it.
     """
     home = {node: i for i, part in enumerate(parts) for node in part.nodes}
     made = defaultdict(list)
     for node in graph.nodes:
-        if node_info(node).storage is not None and node.op != "get_attr":
+        if node_info(node).storage is not None:
             made[node_info(node).storage].append(node)
     for j, part in enumerate(parts):
         for storage in {s for node in part.nodes for s in node_info(node).mutates}:
             early = [n for n in made[storage] if home.get(n, 0) < j]
             readers = [home.get(u, len(parts) - 1) for n in early for u in n.users]
-            if any(reader > j for reader in readers):
+            views = [n for n in early if any(home.get(u, len(parts) - 1) == j for u in n.users)]
+            if len(views) > 1 or any(reader > j for reader in readers):
                 yield min(home.get(n, 0) for n in early), max(readers)
 
 

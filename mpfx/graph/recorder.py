@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpfx.graph.builder import GraphBuilder
 from mpfx.graph.calls import has_tensor, map_leaves, tensors_in
-from mpfx.graph.compat import SYMBOLIC_NUMBERS, FakeTensor, fake_mode, is_transformed, static_fake, storage_key
+from mpfx.graph.compat import SYMBOLIC_NUMBERS, FakeTensor, fake_mode, storage_key
 from mpfx.graph.errors import UnsupportedCodeError
 from mpfx.graph.live import NodeInfo
 from mpfx.graph.sizes import SizeEnv
@@ -43,15 +43,15 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, leaves: set[int], linears: Mapping[int, str], device: torch.device) -> None:
         super().__init__()
-        self.env, self.builder = SizeEnv(), GraphBuilder(root)
+        self.env = SizeEnv()
         self.mode = fake_mode(self.env)
+        self.builder = GraphBuilder(root, self.mode, device)
         self.direct_weight_uses: set[str] = set()
         self.failure: tuple[Exception, str] | None = None
-        self._leaves, self._linears, self._device = leaves, linears, device
+        self._leaves, self._linears = leaves, linears
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._thread = threading.get_ident()
         self._leaf: str | None = None  # the leaf that is running
-        self._fakes: dict[int, tuple[Tensor, FakeTensor]] = {}  # of parameters and the like, by their id
 
     def placeholder(self, name: str, value: Any, default: Any = None) -> None:
         """Add an input: with nested tensors in ``value``, or a plain one that falls back to ``default``."""
@@ -135,16 +135,7 @@ class Recorder(TorchFunctionMode):
         """Fakes in place of parameters, buffers and constants, which the call might write to."""
         if all(isinstance(tensor, FakeTensor) for tensor in tensors_in(arguments)):
             return arguments
-        return map_leaves(arguments, lambda _, leaf: self._fake(leaf), "")
-
-    def _fake(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-            return value
-        if is_transformed(value):
-            raise UnsupportedCodeError("the forward uses torch.func (vmap, grad), whose calls a graph does not hold")
-        if id(value) not in self._fakes:
-            self._fakes[id(value)] = (value, static_fake(self.mode, value, self._device))
-        return self._fakes[id(value)][1]
+        return map_leaves(arguments, lambda _, leaf: self.builder.fake(leaf) if isinstance(leaf, Tensor) else leaf, "")
 
     def _bind(self, out: Any, node: Any, in_place: bool) -> Any:
         """Make ``node`` stand for a result, and return what the forward goes on with."""

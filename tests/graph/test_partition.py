@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +70,15 @@ class SharedBuffer(Layers):
         return out
 
 
+class SharedView(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        flat = x.view(-1)
+        x[:, :2] = self.layers[1](x)[:, :2]
+        out: Tensor = self.head(self.layers[2](flat.view(-1, 4)))
+        return out
+
+
 def part_names(gm: Any) -> list[str]:
     return [part.name for part in blocks(gm)]
 
@@ -89,9 +99,12 @@ def test_calls_of_one_layer_stay_in_one_block(run_in_blocks: Any) -> None:
     assert torch.equal(run_in_blocks(gm, x), module(x))
 
 
-def test_memory_that_several_parts_write_stays_in_one_block(run_in_blocks: Any) -> None:
-    module, x = SharedBuffer(), torch.randn(5, 4)
+@pytest.mark.parametrize(
+    ("kind", "names"), [(SharedBuffer, ["layers.0", "suffix"]), (SharedView, ["layers.0", "layers.2", "suffix"])]
+)
+def test_memory_that_several_parts_share_stays_in_one_block(kind: Any, names: list[str], run_in_blocks: Any) -> None:
+    module, x = kind(), torch.randn(5, 4)
     gm = trace(module, (torch.randn(2, 4),))
-    assert part_names(gm) == ["layers.0", "suffix"]
+    assert part_names(gm) == names
     with torch.no_grad():
         assert torch.equal(run_in_blocks(gm, x), module(x))

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mpfx.graph import TraceError, bind_inputs, blocks, sites, trace
+from mpfx.graph import TraceError, blocks, sites, trace
 
 ALL = ["llama", "opt", "gpt2", "qwen2", "mistral", "gemma2", "phi3", "gptneox", "falcon", "mixtral", "bert", "t5"]
 
@@ -124,71 +122,6 @@ def test_lightning_module_around_a_model(family: Any, run_in_blocks: Any) -> Non
     assert sites(gm)[0].path == "model.model.layers.0.self_attn.q_proj"
 
 
-class Flexible(nn.Module):
-    """Takes arguments of all kinds, writes to its buffer, and keeps something from each call."""
-
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(8, 8)
-        self.register_buffer("calls", torch.zeros(()))
-        self.plain = torch.ones(8)
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor, scale: float = 2.0, *rest: Tensor, flag: bool = True, **more: Any) -> Any:
-        self.calls.add_(1)
-        self.seen.append(x)
-        self.last = x
-        y = self.a(x) * scale + self.plain + self.calls
-        for other in (*rest, *more["extra"]["parts"]):
-            y = y + other
-        return {"y": y if flag else -y, "nothing": None, "list": [y + 1, 3]}
-
-
-def flexible_call() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (torch.randn(4, 8), 3.0, torch.randn(4, 8)), {"extra": {"parts": [torch.randn(4, 8)]}}
-
-
-def test_arguments_of_all_kinds() -> None:
-    module = Flexible()
-    args, kwargs = flexible_call()
-    gm = trace(module, args, kwargs)
-    assert module.calls == 0
-    assert module.seen == []
-    assert not hasattr(module, "last")
-    args, kwargs = flexible_call()
-    module.calls.zero_()
-    expected = module(*args, **kwargs)
-    module.calls.zero_()
-    values = bind_inputs(gm, args, kwargs)
-    assert values.keys() == {"x", "rest_0", "extra", "scale", "flag"}
-    assert values["flag"] is True
-    result = gm(**values)
-    assert result.keys() == {"y", "list"}
-    assert torch.equal(result["y"], expected["y"])
-    assert torch.equal(result["list"][0], expected["list"][0])
-    assert module.calls == 1
-
-
-def test_calls_that_differ_from_the_traced_one_are_refused() -> None:
-    args, kwargs = flexible_call()
-    gm = trace(Flexible(), args, kwargs)
-    bind_inputs(gm, args, kwargs)
-    with pytest.raises(ValueError, match="`flag` to be True"):
-        bind_inputs(gm, args, {**kwargs, "flag": False})
-    with pytest.raises(ValueError, match=r"`extra\['more'\]` was not there"):
-        bind_inputs(gm, args, {"extra": {**kwargs["extra"], "more": 1}})
-    with pytest.raises(ValueError, match=r"`extra\['parts'\]\[0\]`, which was there"):
-        bind_inputs(gm, args, {"extra": {"parts": []}})
-    with pytest.raises(ValueError, match=r"`x` with 2 dimensions of torch.float32"):
-        bind_inputs(gm, (args[0].double(), *args[1:]), kwargs)
-    with pytest.raises(ValueError, match=r"`scale` to be 3\.0"):
-        bind_inputs(gm, (args[0], 2.0, args[2]), kwargs)
-    with pytest.raises(TypeError, match="rest_0"):
-        bind_inputs(gm, args[:2], kwargs)
-
-
 def test_batch_norm_in_training_keeps_its_statistics() -> None:
     module = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Flatten()).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -196,95 +129,6 @@ def test_batch_norm_in_training_keeps_its_statistics() -> None:
     trace(module, (torch.randn(2, 3, 9, generator=torch.Generator()),))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
-
-
-class Branch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = BranchInner()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)
-        return y
-
-
-class BranchInner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.a(x)
-        if y.mean() > 0:  # the line that the error names
-            y = -y
-        return y
-
-
-def test_data_dependent_branch_is_named() -> None:
-    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "the line that" in text)
-    with pytest.raises(TraceError, match=rf"`inner` \(BranchInner\) at .*test_tracing\.py:{line}: .*torch\.where"):
-        trace(Branch(), (torch.randn(2, 4),))
-
-
-def test_nothing_is_left_behind_after_an_error() -> None:
-    call, module = nn.Module.__call__, Branch()
-    with pytest.raises(TraceError):
-        trace(module, (torch.randn(2, 4),))
-    assert nn.Module.__call__ is call
-    assert not torch.compiler.is_compiling()
-    assert not torch.compiler.is_exporting()
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
-    assert type(module(torch.randn(2, 4))) is Tensor
-
-
-class Refused(nn.Module):
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Any]) -> None:
-        super().__init__()
-        self.a, self.body = nn.Linear(4, 4), forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self.a, x)
-
-
-def with_autocast(a: nn.Module, x: Tensor) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return a(x)
-
-
-def with_data(a: nn.Module, x: Tensor) -> Any:
-    x.data = a(x)
-    return x
-
-
-@pytest.mark.parametrize(
-    ("forward", "problem"),
-    [
-        (lambda a, x: torch.vmap(a)(x), "torch.func"),
-        (lambda a, x: torch.from_numpy(a(x).numpy()), "NumPy"),
-        (with_autocast, "autocast"),
-        (with_data, "copy_"),
-        (lambda a, x: x.tolist(), "values of a tensor|returns no tensor"),
-        (lambda a, x: 3, "returns no tensor"),
-        (lambda a, x: a(x[:, :3]), "RuntimeError"),
-    ],
-)
-def test_what_a_graph_cannot_hold_is_refused(forward: Any, problem: str) -> None:
-    with pytest.raises(TraceError, match=problem):
-        trace(Refused(forward), (torch.randn(2, 4),))
-
-
-def test_object_that_holds_tensors_is_refused(family: Any) -> None:
-    cache_utils = pytest.importorskip("transformers.cache_utils")
-    model, sample = family("llama")
-    cache = cache_utils.DynamicCache()
-    gm = trace(model, (), sample(2, 5) | {"past_key_values": cache})
-    assert len(cache) == 0
-    bind_inputs(gm, (), sample(2, 5) | {"past_key_values": cache_utils.DynamicCache()})
-    model(**sample(2, 5), past_key_values=cache)
-    with pytest.raises(TraceError, match="`past_key_values` is a DynamicCache that holds tensors"):
-        trace(model, (), sample(2, 5) | {"past_key_values": cache})
-    with pytest.raises(ValueError, match="past_key_values"):
-        gm(**sample(2, 5), past_key_values=cache)
 
 
 def test_hooks_of_others_take_part(chain: nn.Module) -> None:
