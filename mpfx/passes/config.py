@@ -22,7 +22,8 @@ class CompressionConfig:
             from 1 to 8, or 16: keep float16 values and only prune. `threshold` and `quantile` set the average by
             their own
             tiers: they win over either size, and the report states both.
-        allocation: who gets how many bits. fixed: one width; threshold, quantile, budget: tiers by importance.
+        allocation: who gets how many bits. fixed: one width; threshold, quantile, budget: tiers by importance, of which
+            budget meets the size that is asked for.
         sparsity: fraction of the weights to prune (0.5), or n of m kept ("2:4"); null: none.
         importance: weights of the five signals.
         tiers: widths and quantiles of `quantile`; `budget` uses the widths.
@@ -32,15 +33,15 @@ class CompressionConfig:
         grid: scales and zero points.
         damping: fraction of the mean diagonal added to every Hessian; raised by itself where it does not do, and
             reported.
-        order: order of the sweep. activation: largest inputs first; natural: as they come (no permutation to store, if
-            all widths are equal); auto: natural where weights are pruned without a pattern, else activation.
+        order: order of the sweep within a width. activation: largest inputs first; natural: as they come (no
+            permutation to store, if all widths are equal); auto: natural for n:m sparsity, else activation.
         dense: patterns of module paths that stay as they are.
         compress_head: also compress the output head; one that is tied to the embedding always stays dense.
     """
 
     bits_per_weight: float | None = None
     code_bits: float | None = None
-    allocation: Literal["fixed", "threshold", "quantile", "budget"] = "fixed"
+    allocation: Literal["fixed", "threshold", "quantile", "budget"] = "budget"
     sparsity: str | float | None = None
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
@@ -86,7 +87,8 @@ class CompressionConfig:
         elif self.allocation == "budget" and not self.tiers.widths[0] <= bits <= self.tiers.widths[-1]:
             raise ValueError(
                 f"Expected `{name}` to lie between the least and the largest of `tiers.widths` "
-                f"{list(self.tiers.widths)} with allocation budget but got {bits}."
+                f"{list(self.tiers.widths)} with allocation budget but got {bits}; one width for all, or 16 to prune only, "
+                "is allocation fixed."
             )
         elif not 0 < bits <= RAW_BITS:
             raise ValueError(f"Expected `{name}` to be above 0 and at most 16 but got {bits}.")
@@ -112,8 +114,8 @@ class CompressionConfig:
     def activation_order(self) -> bool:
         """Whether the largest inputs are swept first within a width.
 
-        Measured: for rounding alone it helps; an unstructured mask, chosen panel by panel, it hurts.
+        Measured (README): it helps rounding and unstructured masks; n:m masks, which choose among neighbours, it hurts.
         """
         if self.order == "auto":
-            return not self.pattern or bool(self.pattern.group_m)
+            return not self.pattern.group_m
         return self.order == "activation"

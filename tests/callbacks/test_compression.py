@@ -75,7 +75,7 @@ def test_equals_the_passes_called_by_hand(llama: Any, batches: Batches, validate
     from mpfx.graph import bind_inputs, trace
     from mpfx.passes import Allocate, LocateSites, Pack, PruneAndQuantize, run_passes
 
-    config, twin = CompressionConfig(code_bits=3, sparsity=0.25), copy.deepcopy(llama)
+    config, twin = CompressionConfig(code_bits=3, sparsity=0.25, allocation="fixed"), copy.deepcopy(llama)
     validate(CausalLM(llama), batches, ModelCompression(config, module="model", heads=["lm_head"]))
     gm = trace(twin, (), {**batches[0], "use_cache": False})
     values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
@@ -88,7 +88,7 @@ def test_the_lightning_module_itself(validate: Validate) -> None:
     torch.manual_seed(0)
     module, x = Scored(), torch.randn(32, 40)
     before = module(x).detach()
-    validate(module, [x, torch.randn(20, 40)], ModelCompression(CompressionConfig(code_bits=8)))
+    validate(module, [x, torch.randn(20, 40)], ModelCompression(CompressionConfig(code_bits=8, allocation="fixed")))
     assert packed(module) == ["net.0", "net.2", "net.4"]
     assert float((module(x) - before).norm().detach() / before.norm()) < 0.05
 
@@ -96,7 +96,7 @@ def test_the_lightning_module_itself(validate: Validate) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precision_plugins(llama: Any, batches: Batches, validate: Validate, precision: str) -> None:
     module = CausalLM(llama)
-    callback = ModelCompression(CompressionConfig(code_bits=4), module="model", heads=["lm_head"])
+    callback = ModelCompression(CompressionConfig(code_bits=4, allocation="fixed"), module="model", heads=["lm_head"])
     validate(module, batches[:2], callback, precision=precision)
     assert len(packed(llama)) == 21
     validate(module, batches[:2], precision=precision)
@@ -118,7 +118,7 @@ def test_results_are_the_same_every_time(llama: Any, batches: Batches, validate:
 
 def test_weights_can_be_trained_on_afterwards(llama: Any, batches: Batches, validate: Validate) -> None:
     """Nothing that is left in the model is an inference tensor."""
-    config = CompressionConfig(code_bits=4)
+    config = CompressionConfig(code_bits=4, allocation="fixed")
     validate(CausalLM(llama), batches, ModelCompression(config, module="model", heads=["lm_head"]))
     assert not any(t.is_inference() for t in (*llama.parameters(), *llama.buffers()))
     llama(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
@@ -151,7 +151,9 @@ def test_no_hook_is_left_after_an_exception(llama: Any, batches: Batches, valida
     ],
 )
 def test_a_wrong_target_is_named(llama: Any, batches: Batches, validate: Validate, target: str, message: str) -> None:
-    callback = ModelCompression(CompressionConfig(code_bits=4), heads=["", "lm_head"], module=target)
+    callback = ModelCompression(
+        CompressionConfig(code_bits=4, allocation="fixed"), heads=["", "lm_head"], module=target
+    )
     with pytest.raises((ValueError, RuntimeError, PassError), match=message):
         validate(CausalLM(llama), batches, callback)
     assert hooks(llama) == 0
@@ -165,7 +167,9 @@ def test_an_infeasible_budget_stops_at_the_first_batch(llama: Any, batches: Batc
             super().validation_step(batch, batch_idx)
             steps.append(batch_idx)
 
-    callback = ModelCompression(CompressionConfig(bits_per_weight=0.7), module="model", heads=["lm_head"])
+    callback = ModelCompression(
+        CompressionConfig(bits_per_weight=0.7, allocation="fixed"), module="model", heads=["lm_head"]
+    )
     with pytest.raises(ValueError, match="`bits_per_weight` of at least"):
         validate(Counts(llama), batches, callback)
     assert steps == []
@@ -180,7 +184,7 @@ def test_validation_inside_of_fit_is_left_alone() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    callback, module = ModelCompression(CompressionConfig(code_bits=4)), Trained()
+    callback, module = ModelCompression(CompressionConfig(code_bits=4, allocation="fixed")), Trained()
     data: Any = torch.utils.data.DataLoader([torch.randn(8, 40)] * 2, batch_size=None)  # type: ignore[arg-type]
     with quiet_lightning():
         trainer = make_trainer("cpu", 1, callbacks=[callback], progress=False)

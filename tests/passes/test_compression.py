@@ -56,9 +56,9 @@ def compressed(model: nn.Module, batches: Batches, config: CompressionConfig) ->
 @pytest.mark.parametrize(
     "config",
     [
-        CompressionConfig(code_bits=8),
-        CompressionConfig(code_bits=4, sparsity=0.5),
-        CompressionConfig(code_bits=16, sparsity="2:4"),
+        CompressionConfig(code_bits=8, allocation="fixed"),
+        CompressionConfig(code_bits=4, sparsity=0.5, allocation="fixed"),
+        CompressionConfig(code_bits=16, sparsity="2:4", allocation="fixed"),
         CompressionConfig(code_bits=4, allocation="quantile"),
         CompressionConfig(bits_per_weight=5.5, allocation="budget"),
         CompressionConfig(code_bits=4, allocation="threshold", sparsity=0.3),
@@ -89,7 +89,7 @@ def test_every_architecture_and_strategy(language_model: Any, batches: Batches, 
 
 def test_eight_bits_hardly_change_the_output(language_model: Any, batches: Batches) -> None:
     before = language_model(**batches[1]).logits.detach()
-    compressed(language_model, batches, CompressionConfig(code_bits=8))
+    compressed(language_model, batches, CompressionConfig(code_bits=8, allocation="fixed"))
     after = language_model(**batches[1]).logits.detach()
     assert float((after - before).norm() / before.norm()) < 0.03
     assert not torch.equal(after, before)
@@ -100,14 +100,14 @@ def test_more_bits_come_closer(llama: Any, batches: Batches) -> None:
     errors = []
     for bits in (2, 4, 6, 8):
         model = copy.deepcopy(llama)
-        compressed(model, batches, CompressionConfig(code_bits=bits))
+        compressed(model, batches, CompressionConfig(code_bits=bits, allocation="fixed"))
         errors.append(float((model(**batches[1]).logits.detach() - before).norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 4 * errors[-1]
 
 
 def test_sparsity_is_exact_over_each_group(llama: Any, batches: Batches) -> None:
-    for group in compressed(llama, batches, CompressionConfig(code_bits=4, sparsity=0.5)):
+    for group in compressed(llama, batches, CompressionConfig(code_bits=4, sparsity=0.5, allocation="fixed")):
         zeros = sum(int((group.dense(path) == 0).sum()) for path in group.weights)
         assert zeros >= group.plan.numel // 2 - len(group.plan.layout.panels)
         kept = sum(round((1 - w.sparsity) * w.out_features * w.layout.in_features) for w in group.weights.values())
@@ -147,7 +147,7 @@ def test_budget_spreads_code_bits_over_the_model(llama: Any, batches: Batches) -
 
 
 def test_blocks_can_have_budgets_of_their_own(llama: Any, batches: Batches) -> None:
-    config = CompressionConfig(code_bits=4, block_bits={"model.layers.0": 8, "*.2": 2})
+    config = CompressionConfig(code_bits=4, block_bits={"model.layers.0": 8, "*.2": 2}, allocation="fixed")
     widths = {group.plan.name: set(group.plan.bits.tolist()) for group in compressed(llama, batches, config)}
     assert all(bits == {8 if "layers.0" in name else 2 if "layers.2" in name else 4} for name, bits in widths.items())
 
@@ -155,7 +155,7 @@ def test_blocks_can_have_budgets_of_their_own(llama: Any, batches: Batches) -> N
 def test_a_pattern_that_matches_no_block_is_refused(llama: Any, batches: Batches) -> None:
     gm = located_graph(llama, batches[0])
     with pytest.raises(PassError, match=r"'layer.7' matches none of .*model\.layers\.0"):
-        run_passes(gm, [Allocate(CompressionConfig(code_bits=4, block_bits={"layer.7": 3}), {})])
+        run_passes(gm, [Allocate(CompressionConfig(code_bits=4, block_bits={"layer.7": 3}, allocation="fixed"), {})])
 
 
 @pytest.mark.parametrize("allocation", ["fixed", "budget"])
@@ -191,7 +191,9 @@ def test_sequential_solving_sees_the_compressed_prefix(llama: Any, batches: Batc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "solve_group", spy)
-        run_passes(gm, [Allocate(CompressionConfig(code_bits=2), {}), PruneAndQuantize(bound(gm, batches))])
+        run_passes(
+            gm, [Allocate(CompressionConfig(code_bits=2, allocation="fixed"), {}), PruneAndQuantize(bound(gm, batches))]
+        )
     dense = list(dense_moments(gm, batches).values())
     assert torch.allclose(seen[0].hessian, dense[0].hessian)  # nothing is solved before the first block
     assert not torch.allclose(seen[4].hessian, dense[4].hessian, rtol=1e-2)
@@ -207,7 +209,7 @@ def test_solving_leaves_the_model_alone_also_after_a_failure(llama: Any, batches
     gm = located_graph(llama, batches[0])
     before = {n: p.clone() for n, p in llama.state_dict().items()}
     solve = PruneAndQuantize(bound(gm, batches))
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=3), {}), solve])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed"), {}), solve])
     assert all(torch.equal(p, before[n]) for n, p in llama.state_dict().items())
 
     def stop(name: str, share: float) -> None:
@@ -225,7 +227,9 @@ def test_activations_that_are_not_finite_name_the_sites(llama: Any, batches: Bat
         llama.model.layers[1].post_attention_layernorm.weight[0] = float("nan")
     gm = located_graph(llama, batches[0])
     with pytest.raises(PassError, match=r"model\.layers\.1.*gate_proj.*NaN or infinity"):
-        run_passes(gm, [Allocate(CompressionConfig(code_bits=4), {}), PruneAndQuantize(bound(gm, batches))])
+        run_passes(
+            gm, [Allocate(CompressionConfig(code_bits=4, allocation="fixed"), {}), PruneAndQuantize(bound(gm, batches))]
+        )
 
 
 def test_padding_does_not_count(llama: Any, batches: Batches) -> None:
@@ -239,7 +243,10 @@ def test_padding_does_not_count(llama: Any, batches: Batches) -> None:
         for b in plain
     ]
     twin = copy.deepcopy(llama)
-    one, two = (compressed(m, b, CompressionConfig(code_bits=4)) for m, b in ((llama, plain), (twin, padded)))
+    one, two = (
+        compressed(m, b, CompressionConfig(code_bits=4, allocation="fixed"))
+        for m, b in ((llama, plain), (twin, padded))
+    )
     for a, b in zip(one, two, strict=True):
         for path in a.weights:
             assert float((a.dense(path) - b.dense(path)).abs().mean() / a.dense(path).abs().mean()) < 0.02
@@ -266,7 +273,7 @@ def test_passes_say_what_has_to_run_before(llama: Any, batches: Batches) -> None
         run_passes(gm, [PruneAndQuantize(batches)])
     with pytest.raises(PassError, match="run PruneAndQuantize before"):
         run_passes(gm, [Pack()])
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=4), {})])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=4, allocation="fixed"), {})])
     with pytest.raises(PassError, match="at least one calibration batch"):
         run_passes(gm, [PruneAndQuantize([])])
 
@@ -278,7 +285,7 @@ def test_a_plain_module(batches: Batches) -> None:
     before = model(x).detach()
     gm = run_passes(trace(model, (x,)), [LocateSites()])
     solve = PruneAndQuantize([bind_inputs(gm, (x,), {})])
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=6), {}), solve, Pack()])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=6, allocation="fixed"), {}), solve, Pack()])
     assert [type(m).__name__ for m in model] == [
         *("MixedPrecisionLinear", "GELU", "MixedPrecisionLinear", "ReLU", "MixedPrecisionLinear")
     ]
