@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-_LOGGER = "lightning.pytorch.utilities.rank_zero"
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
 _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # windows are slices of one tensor: workers would only slow it down
     "GPU available but not used.*",  # the accelerator was chosen
@@ -27,15 +27,17 @@ def quiet_lightning() -> Iterator[None]:
     def above_info(record: logging.LogRecord) -> bool:
         return record.levelno > logging.INFO
 
-    logger = logging.getLogger(_LOGGER)
-    logger.addFilter(above_info)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(above_info)
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        logger.removeFilter(above_info)
+        for logger in loggers:
+            logger.removeFilter(above_info)
 
 
 def make_trainer(

@@ -87,8 +87,8 @@ class CompressionConfig:
         elif self.allocation == "budget" and not self.tiers.widths[0] <= bits <= self.tiers.widths[-1]:
             raise ValueError(
                 f"Expected `{name}` to lie between the least and the largest of `tiers.widths` "
-                f"{list(self.tiers.widths)} with allocation budget but got {bits}; one width for all, or 16 to prune only, "
-                "is allocation fixed."
+                f"{list(self.tiers.widths)} with allocation budget but got {bits}; one width for all, or 16 to prune "
+                "only, is allocation fixed."
             )
         elif not 0 < bits <= RAW_BITS:
             raise ValueError(f"Expected `{name}` to be above 0 and at most 16 but got {bits}.")

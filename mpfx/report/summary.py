@@ -78,7 +78,7 @@ class Report:
         """Print the run in a table, its worst sites, and its notes."""
         console.print(f"mpfx: {self.model}", highlight=False)
         console.print(self._summary())
-        console.print(f"largest relative errors of {len(self.sites)} sites", highlight=False)
+        console.print(f"largest relative output errors of {len(self.sites)} sites, with their bits", highlight=False)
         console.print(self._worst())
         if fallen := [site for site in self.sites if site.fallback]:
             first = f"{fallen[0].path}: {fallen[0].fallback}"
@@ -103,8 +103,8 @@ class Report:
 
     def _worst(self, count: int = 5) -> Table:
         table = Table()
-        for name in ("site", "stored bits", "code bits", "sparsity", "relative error"):
-            table.add_column(name, justify="left" if name == "site" else "right")
+        for name in ("site", "stored", "code", "sparsity", "error"):
+            table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
         for site in sorted(self.sites, key=lambda site: -site.relative_error)[:count]:
             numbers = (f"{site.bits_per_weight:.3f}", f"{site.code_bits:.2f}", f"{site.sparsity:.3f}")
             table.add_row(site.path, *numbers, f"{site.relative_error:.5f}")

@@ -192,3 +192,21 @@ def test_validation_inside_of_fit_is_left_alone() -> None:
         trainer.fit(module, data, data)
     assert packed(module) == []
     assert not callback.done
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_on_a_gpu(llama: Any, batches: Batches, validate: Validate, precision: str, sparsity: float | None) -> None:
+    twin, dense = copy.deepcopy(llama), copy.deepcopy(llama)
+    config = CompressionConfig(code_bits=4, allocation="quantile", sparsity=sparsity)
+    on_gpu, on_cpu = (ModelCompression(config, module="model", heads=["lm_head"]) for _ in range(2))
+    validate(CausalLM(llama), batches, on_gpu, accelerator="gpu", precision=precision)
+    validate(CausalLM(twin), batches, on_cpu)
+    before = dense(**batches[0]).logits.detach()
+    ours, theirs = (float((m(**batches[0]).logits.detach() - before).norm()) for m in (llama.cpu(), twin))
+    assert ours == pytest.approx(theirs, rel=0.15)
+    for one, two in zip(on_gpu.solved, on_cpu.solved, strict=True):
+        assert one.plan.to_json() == two.plan.to_json() or precision != "32-true"
+        for path, error in one.relative_error.items():
+            assert error == pytest.approx(two.relative_error[path], rel=0.3)

@@ -58,3 +58,17 @@ def test_large_permutations_are_kept_whole() -> None:
     assert pack_permutation(torch.arange(65536)).dtype == torch.uint16
     assert pack_permutation(torch.arange(65536)).long().max() == 65535
     assert pack_permutation(torch.arange(65537)).dtype == torch.int32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", [None, "0.5", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(sparsity: str | None, dtype: torch.dtype) -> None:
+    order = pack_permutation(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
+    module = MixedPrecisionLinear(packed_weight(sparsity=sparsity), permutation=order).to(dtype)
+    dense = module.weight
+    moved = copy.deepcopy(module).cuda()
+    assert torch.equal(moved.weight.cpu(), dense)
+    x = torch.randn(5, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(moved(x.cuda()).cpu(), module(x), rtol=tolerance, atol=tolerance * 10)
