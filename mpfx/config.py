@@ -1,9 +1,7 @@
 """The fields of a run, as a config file or the command line gives them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mpfx.hub.checkpoint import MANIFEST
 from mpfx.lm.data import CalibrationData, EvaluationData
 from mpfx.passes.config import CompressionConfig
 
@@ -47,19 +45,7 @@ class RunConfig(CompressionConfig):
     model: str = "smollm2-135m"
     calibration: CalibrationData = field(default_factory=CalibrationData)
     evaluation: EvaluationData = field(default_factory=EvaluationData)
-    output: str = "out"
+    output: str = "out/model"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     trust_remote_code: bool = False
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        folder = Path(self.output)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"Expected `output` to be a folder but {self.output!r} is a file.")
-        earlier = any((folder / name).exists() for name in (MANIFEST, REPORT))
-        if folder.is_dir() and any(folder.iterdir()) and not earlier:
-            raise ValueError(
-                f"Expected `output` to be a new or empty folder, or one of an earlier run, but {self.output!r} holds "
-                "other files."
-            )

@@ -29,6 +29,7 @@ def compress(config: RunConfig) -> Report:
         ValueError: for a model, text or size that cannot be had, before anything is written.
         FileNotFoundError: likewise.
     """
+    _check_output(Path(config.output))
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     with _measured(seconds, "load"):
@@ -89,6 +90,18 @@ def _open(model: str, trust_remote_code: bool) -> Source:
 
     loaded: Any = load(model)
     return Source(model=loaded, tokenizer=AutoTokenizer.from_pretrained(model, local_files_only=True), name=model)
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse to write where something else lies."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected `output` to be a folder but {str(folder)!r} is a file.")
+    earlier = any((folder / name).exists() for name in (MANIFEST, REPORT))
+    if folder.is_dir() and any(folder.iterdir()) and not earlier:
+        raise ValueError(
+            f"Expected `output` to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds "
+            "other files."
+        )
 
 
 @contextmanager
