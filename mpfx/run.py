@@ -4,11 +4,12 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from rich.console import Console
 from torch import fx
 
 from mpfx.callbacks import ModelCompression
@@ -32,7 +33,7 @@ def compress(config: RunConfig) -> Report:
     _check_output(Path(config.output))
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    with _measured(seconds, "load"):
+    with _measured(seconds, "load"), _status(f"loading {config.model} and text", config.progress):
         source = load_model(config.model, trust_remote_code=config.trust_remote_code)
         data = TextDataModule(source.tokenizer, config.calibration, config.evaluation)
         data.setup("validate")
@@ -44,7 +45,7 @@ def compress(config: RunConfig) -> Report:
     validate(_trainer(config.trainer, config.progress, callback), module, data.calibration_dataloader())
     with _measured(seconds, "evaluate"):
         compressed = validate(trainer, module, data.val_dataloader())
-    with _measured(seconds, "save"):
+    with _measured(seconds, "save"), _status(f"saving to {config.output}", config.progress):
         stored = save(source.model, config.output, tokenizer=source.tokenizer)
     assert callback.graph_module is not None
     report = Report(
@@ -75,9 +76,10 @@ def evaluate(
     Returns:
         ``model``, ``perplexity``, ``loss`` (nats per token), ``tokens`` scored, ``bytes`` of the weight tensors.
     """
-    source = _open(model, trust_remote_code)
-    data = TextDataModule(source.tokenizer, evaluation=evaluation)
-    data.setup("validate")
+    with _status(f"loading {model} and text", progress):
+        source = _open(model, trust_remote_code)
+        data = TextDataModule(source.tokenizer, evaluation=evaluation)
+        data.setup("validate")
     result = validate(_trainer(trainer, progress), CausalLM(source.model), data.val_dataloader())
     windows, length = data.evaluation_windows.shape
     return {"model": model, **result, "tokens": windows * (length - 1), "bytes": tensor_bytes(source.model)}
@@ -109,6 +111,11 @@ def _measured(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _status(text: str, shown: bool) -> AbstractContextManager[Any]:
+    """Show a spinner while something runs that has no progress of its own."""
+    return Console(stderr=True).status(text) if shown else nullcontext()
 
 
 def _trainer(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Trainer:

@@ -77,8 +77,11 @@ class CompressionConfig:
 
     def _check_bits(self, name: str, bits: float) -> None:
         if self.code_bits is None:
-            if not 0.5 < bits <= 32:
-                raise ValueError(f"Expected `{name}` to be stored bits between 0.5 and 32 but got {bits}.")
+            if not self.least_bits_per_weight <= bits <= 32:
+                raise ValueError(
+                    f"Expected `{name}` to be stored bits from {self.least_bits_per_weight:.3f} (the narrowest "
+                    f"width of allocation {self.allocation}, with scales, zero points and mask) to 32 but got {bits}."
+                )
         elif self.allocation == "fixed" and bits not in (*WIDTHS, RAW_BITS):
             raise ValueError(
                 f"Expected `{name}` to be a whole number from 1 to 8, or 16, with allocation fixed but got {bits}; "
@@ -92,6 +95,15 @@ class CompressionConfig:
             )
         elif not 0 < bits <= RAW_BITS:
             raise ValueError(f"Expected `{name}` to be above 0 and at most 16 but got {bits}.")
+
+    @property
+    def least_bits_per_weight(self) -> float:
+        """Stored bits that no weight can do without under this config, whatever its shape."""
+        widths = {"threshold": self.threshold.widths, "fixed": WIDTHS}.get(self.allocation, self.tiers.widths)
+        codes = widths[0] * (1 - self.pattern.fraction) + (1 if self.pattern else 0)
+        if self.grid.group_size is None or widths[0] == RAW_BITS:
+            return codes
+        return codes + (16 + (0 if self.grid.symmetric else widths[0])) / self.grid.group_size
 
     @property
     def target(self) -> float:

@@ -168,7 +168,7 @@ def test_an_infeasible_budget_stops_at_the_first_batch(llama: Any, batches: Batc
             steps.append(batch_idx)
 
     callback = ModelCompression(
-        CompressionConfig(bits_per_weight=0.7, allocation="fixed"), module="model", heads=["lm_head"]
+        CompressionConfig(bits_per_weight=1.3, allocation="fixed"), module="model", heads=["lm_head"]
     )
     with pytest.raises(ValueError, match="`bits_per_weight` of at least"):
         validate(Counts(llama), batches, callback)
