@@ -46,9 +46,10 @@ class CallRecorder:
         """Stop to listen; what was recorded stays."""
         self._hooks.close()
 
-    def moments(self) -> dict[str, Moments]:
-        """Statistics by name of the input group."""
-        return {name: accumulator.finalise() for name, accumulator in self._accumulators.items()}
+    def take_moments(self) -> dict[str, Moments]:
+        """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
+        names = list(self._accumulators)
+        return {name: self._accumulators.pop(name).finalise() for name in names}
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A validation loop runs in inference mode; what is recorded has to live on outside of it.

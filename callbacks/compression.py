@@ -1,7 +1,6 @@
 """Compress a model at the end of a validation loop over calibration data."""
 
 import time
-from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,17 +13,16 @@ from torch import fx, nn
 from typing_extensions import override
 
 from mpfx.callbacks.calibration import CallRecorder
-from mpfx.graph import InputGroup, trace
+from mpfx.graph import InputGroup
 from mpfx.passes import (
     Allocate,
     CompressionConfig,
-    LocateSites,
     Pack,
     Pass,
     PruneAndQuantize,
     SolvedGroup,
-    check_feasible,
     located,
+    located_graph,
     run_passes,
     solved_groups,
 )
@@ -41,7 +39,6 @@ class ModelCompression(Callback):
     Args:
         config: what to do.
         module: path of the submodule to compress; "" for the LightningModule itself.
-        heads: module paths that stay dense, such as an output head.
         progress: show a bar while solving.
 
     Example:
@@ -52,10 +49,8 @@ class ModelCompression(Callback):
         False
     """
 
-    def __init__(
-        self, config: CompressionConfig, *, module: str = "", heads: Collection[str] = (), progress: bool = True
-    ) -> None:
-        self.config, self.module, self.heads, self.progress = config, module, tuple(heads), progress
+    def __init__(self, config: CompressionConfig, *, module: str = "", progress: bool = True) -> None:
+        self.config, self.module, self.progress = config, module, progress
         self.seconds: dict[str, float] = {}
         self.solved: tuple[SolvedGroup, ...] = ()
         self.graph_module: fx.GraphModule | None = None
@@ -102,6 +97,8 @@ class ModelCompression(Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._drop()
+        if not self.done and trainer.state.fn == TrainerFn.VALIDATING:
+            raise RuntimeError("the validation loop ran no batch, so nothing was compressed: give it calibration data.")
 
     def _drop(self) -> None:
         if self._recorder is not None:
@@ -121,9 +118,7 @@ class ModelCompression(Callback):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
         assert self._recorder is not None
         started = time.perf_counter()
-        gm = trace(self._recorder.module, args, kwargs)
-        run_passes(gm, [LocateSites(self.config.dense, self.heads)])
-        check_feasible(gm, self.config)
+        gm = located_graph(self._recorder.module, args, kwargs, self.config)
         self.seconds["trace"] = time.perf_counter() - started
         return gm, located(gm) if self.config.scored else []
 
@@ -137,17 +132,17 @@ class ModelCompression(Callback):
             context=trainer.precision_plugin.forward_context,
             on_block=lambda name, share: bar.update(task, completed=share, name=name),
         )
-        gm = recorder.graph_module
-        stages: dict[str, Pass] = {
-            "allocate": Allocate(self.config, recorder.moments()),
-            "solve": solve,
-            "pack": Pack(),
-        }
-        for name, step in stages.items():
-            started = time.perf_counter()
-            gm = run_passes(gm, [step])
-            self.seconds[name] = time.perf_counter() - started
-        self.graph_module, self.solved = gm, solved_groups(gm)
+        # The dense model's Hessians live until bits are allocated and no longer; solving makes its own, block by block.
+        gm = self._timed("allocate", recorder.graph_module, Allocate(self.config, recorder.take_moments()))
+        gm = self._timed("solve", gm, solve)
+        self.graph_module = self._timed("pack", gm, Pack())
+        self.solved = solved_groups(gm)
+
+    def _timed(self, name: str, gm: fx.GraphModule, step: Pass) -> fx.GraphModule:
+        started = time.perf_counter()
+        gm = run_passes(gm, [step])
+        self.seconds[name] = time.perf_counter() - started
+        return gm
 
     def _bar(self, trainer: pl.Trainer) -> Progress:
         shown = self.progress and trainer.progress_bar_callback is not None and trainer.is_global_zero

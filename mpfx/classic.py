@@ -17,6 +17,7 @@ from mpfx.allocate import (
     ImportanceConfig,
     ThresholdConfig,
     TierConfig,
+    block_means,
     budget,
     fixed,
     importance,
@@ -203,14 +204,14 @@ class SparseGPT:
     ) -> None:
         """Prune and quantize the layer's weight in place.
 
-        Without a `quantizer` the weight is only pruned.
+        Without a `quantizer` the weight is only pruned; what is left are float16 values.
 
         Args:
             sparsity: fraction to prune, or "n:m".
             target_avg_bits: average width; met exactly by "budget". "threshold" and "quantile" follow their tiers, and
                 the summary states both numbers.
             bit_allocation_method: "fixed" (the quantizer's bits), "threshold", "quantile" or "budget".
-            prunen: with `prunem`: prune so many of every `prunem` channels, as the reference code counts.
+            prunen: with `prunem`: prune so many of every `prunem` adjacent channels, as the reference code counts.
             prunem: see `prunen`.
             percdamp: damping of the Hessian.
 
@@ -222,7 +223,12 @@ class SparseGPT:
         weight, moments = linear_weight(self.layer), self._accumulator().finalise()
         inverse_diagonal = factorise(moments.hessian, percdamp).inverse_diagonal
         score = importance(signals(weight.float(), moments, inverse_diagonal), self.importance).cpu()
-        bits = self._bits(score, bit_allocation_method, target_avg_bits)
+        unit = (
+            pattern.group_m or 1
+        )  # channels that an n:m mask chooses among keep one width, so that they stay together
+        sizes = [len(block) for block in score.split(unit)]
+        units = self._bits(block_means(score, unit)[::unit], sizes, bit_allocation_method, target_avg_bits)
+        bits = units.repeat_interleave(torch.tensor(sizes))
         solved, error = self._solve(weight, moments.hessian, bits, pattern, percdamp)
         logger.debug("%s: importance %s", self.layer_name, score.tolist())
         logger.debug("%s: bits %s, relative error %.4g", self.layer_name, bits.tolist(), error)
@@ -230,8 +236,8 @@ class SparseGPT:
             pruned = 0.0 if solved.kept is None else 1 - float(solved.kept.float().mean())
             self.stats_collector.record(self.layer_name, LayerStats(bits, score, target_avg_bits, pruned, error))
 
-    def _bits(self, score: Tensor, method: Method, target: float | None) -> Tensor:
-        """Width of every channel, ``(in,)``."""
+    def _bits(self, score: Tensor, sizes: list[int], method: Method, target: float | None) -> Tensor:
+        """Width of every unit of adjacent channels."""
         if method not in get_args(Method):
             raise ValueError(f"Expected `bit_allocation_method` to be one of {get_args(Method)} but got {method!r}.")
         if self.quantizer is None:
@@ -244,7 +250,7 @@ class SparseGPT:
             return quantile(score, self.tiers)
         if target is None:
             raise ValueError("Expected `target_avg_bits` with bit_allocation_method 'budget' but got None.")
-        return budget(score, target, self.tiers.widths)
+        return budget(score, target, self.tiers.widths, sizes)
 
     def _solve(
         self, weight: Tensor, hessian: Tensor, bits: Tensor, pattern: Sparsity, damping: float

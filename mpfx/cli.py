@@ -5,29 +5,43 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.logging import RichHandler
 
 from mpfx.config import RunConfig, TrainerConfig
+from mpfx.graph import TraceError
 from mpfx.lm.data import EvaluationData
 from mpfx.passes import PassError
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``mpfx``; returns the exit status: 0, or 2 for input that was refused."""
-    options = parser().parse_args(args)
+    top = parser()
+    options = top.parse_args(args)
     try:
-        options = parser().instantiate(options)
+        options = top.instantiate(options)
         chosen = options[options.command]
         with _logging(chosen.log_level):
             return _compress(chosen) if options.command == "compress" else _evaluate(chosen)
-    except (ValueError, OSError, PassError) as error:
-        reason = error.__cause__ if isinstance(error, PassError) else error
-        Console(stderr=True).print(f"mpfx {options.command}: {reason}", style="red", markup=False, soft_wrap=True)
-        return 2
+    except (ValueError, OSError, ImportError, PassError, TraceError, MisconfigurationException) as error:
+        reason: object = error.__cause__ if isinstance(error, PassError) else error
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory; lower `calibration.batch_size` or `evaluation.batch_size`. {error}"
+    Console(stderr=True).print(f"mpfx {options.command}: {reason}", style="red", markup=False, soft_wrap=True)
+    return 2
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong, without the whole usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: {message} (`--help` lists the fields)\n")
+        raise SystemExit(2)
 
 
 @contextmanager
@@ -44,14 +58,14 @@ def _logging(level: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def parser() -> ArgumentParser:
+def parser() -> _Parser:
     """Build the parser of all commands."""
-    top = ArgumentParser(prog="mpfx", description="Pick a size, get the best language model of that size.")
+    top = _Parser(prog="mpfx", description="Pick a size, get the best language model of that size.")
     commands = top.add_subcommands(dest="command", required=True)
-    compress = ArgumentParser(description="Compress a model; write a checkpoint and report.json.")
+    compress = _Parser(description="Compress a model; write a checkpoint and report.json.")
     compress.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     compress.add_class_arguments(RunConfig, None, instantiate=False)
-    evaluate = ArgumentParser(description="Measure the perplexity of a checkpoint or a model.")
+    evaluate = _Parser(description="Measure the perplexity of a checkpoint or a model.")
     evaluate.add_argument("model", help="Folder of an mpfx checkpoint, or whatever `mpfx compress --model` takes.")
     evaluate.add_class_arguments(EvaluationData, "evaluation")
     evaluate.add_class_arguments(TrainerConfig, "trainer")

@@ -10,17 +10,18 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from torch import fx
 
 from mpfx.callbacks import ModelCompression
 from mpfx.config import REPORT, RunConfig, TrainerConfig
-from mpfx.graph import sites
 from mpfx.hub.checkpoint import MANIFEST, load, save, tensor_bytes
-from mpfx.hub.source import Source, load_model, output_head
+from mpfx.hub.source import Source, load_model
 from mpfx.lm import CausalLM, EvaluationData, TextDataModule, make_trainer
 from mpfx.lm import evaluate as validate
-from mpfx.passes import CompressionConfig, SolvedGroup
+from mpfx.lm.module import model_inputs
+from mpfx.passes import LocateSites, SolvedGroup, located_graph
 from mpfx.report import Report, SiteReport, peak_memory_bytes
+
+_NO_TOKENIZER = "no usable tokenizer; save one along with mpfx.save(model, path, tokenizer=...)."
 
 
 def compress(config: RunConfig) -> Report:
@@ -31,17 +32,22 @@ def compress(config: RunConfig) -> Report:
         FileNotFoundError: likewise.
     """
     _check_output(Path(config.output))
+    if (Path(config.model) / MANIFEST).is_file():
+        raise ValueError(f"Expected `model` to be a dense model but {config.model!r} is compressed already.")
     seconds: dict[str, float] = {}
     started = time.perf_counter()
+    trainer = _trainer(config.trainer, config.progress)
     with _measured(seconds, "load"), _status(f"loading {config.model} and text", config.progress):
         source = load_model(config.model, trust_remote_code=config.trust_remote_code)
         data = TextDataModule(source.tokenizer, config.calibration, config.evaluation)
+        _check_length(source, calibration=config.calibration.length, evaluation=config.evaluation.length)
         data.setup("validate")
+        # The callback traces again, on the device and in the precision of the Trainer.
+        located_graph(source.model, (), model_inputs(source.model, next(iter(data.calibration_dataloader()))), config)
     module, dense_bytes = CausalLM(source.model), tensor_bytes(source.model)
-    trainer = _trainer(config.trainer, config.progress)
     with _measured(seconds, "evaluate"):
         dense = validate(trainer, module, data.val_dataloader())
-    callback = ModelCompression(config, module="model", heads=_heads(config, source), progress=config.progress)
+    callback = ModelCompression(config, module="model", progress=config.progress)
     validate(_trainer(config.trainer, config.progress, callback), module, data.calibration_dataloader())
     with _measured(seconds, "evaluate"):
         compressed = validate(trainer, module, data.val_dataloader())
@@ -55,7 +61,7 @@ def compress(config: RunConfig) -> Report:
         bytes={"dense": dense_bytes, "compressed": stored},
         seconds={**seconds, **callback.seconds, "total": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-        left_dense=_left_dense(callback.graph_module, callback.solved),
+        left_dense=LocateSites(config.dense, config.compress_head).reasons(callback.graph_module),
         notes=_notes(config, callback.solved),
         config=_plain(config),
     )
@@ -78,6 +84,7 @@ def evaluate(
     """
     with _status(f"loading {model} and text", progress):
         source = _open(model, trust_remote_code)
+        _check_length(source, evaluation=evaluation.length)
         data = TextDataModule(source.tokenizer, evaluation=evaluation)
         data.setup("validate")
     result = validate(_trainer(trainer, progress), CausalLM(source.model), data.val_dataloader())
@@ -91,15 +98,24 @@ def _open(model: str, trust_remote_code: bool) -> Source:
     from transformers import AutoTokenizer
 
     loaded: Any = load(model)
-    return Source(model=loaded, tokenizer=AutoTokenizer.from_pretrained(model, local_files_only=True), name=model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        usable = len(tokenizer) > 0  # without its files, some classes of tokenizer come up empty
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model}: {_NO_TOKENIZER}") from error
+    if not usable:
+        raise ValueError(f"{model}: {_NO_TOKENIZER}")
+    return Source(model=loaded, tokenizer=tokenizer, name=model)
 
 
 def _check_output(folder: Path) -> None:
     """Refuse to write where something else lies."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected `output` to be a folder but {str(folder)!r} is a file.")
-    earlier = any((folder / name).exists() for name in (MANIFEST, REPORT))
-    if folder.is_dir() and any(folder.iterdir()) and not earlier:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"Expected `output` to be a folder but {str(there)!r} is a file.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"Expected `output` to be a folder that can be written but {str(there)!r} cannot.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise ValueError(
             f"Expected `output` to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds "
             "other files."
@@ -122,9 +138,14 @@ def _trainer(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Tra
     return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress)
 
 
-def _heads(config: CompressionConfig, source: Source) -> tuple[str, ...]:
-    head = output_head(source.model)
-    return () if head is None or config.compress_head else (head,)
+def _check_length(source: Source, **lengths: int) -> None:
+    """Refuse windows that are longer than the model's positions: they would fail, or mean nothing."""
+    most = getattr(source.model.config, "max_position_embeddings", None)
+    for name, length in lengths.items():
+        if most is not None and length > most:
+            raise ValueError(
+                f"Expected `{name}.length` of at most {most}, the positions of {source.name}, but got {length}."
+            )
 
 
 def _sizes(solved: tuple[SolvedGroup, ...]) -> dict[str, Any]:
@@ -139,16 +160,16 @@ def _sizes(solved: tuple[SolvedGroup, ...]) -> dict[str, Any]:
     }
 
 
-def _left_dense(gm: fx.GraphModule, solved: tuple[SolvedGroup, ...]) -> dict[str, str]:
-    packed = {path for group in solved for path in group.plan.rows}
-    return {s.path: s.dense_reason or "named to stay dense" for s in sites(gm) if s.path not in packed}
-
-
 def _notes(config: RunConfig, solved: tuple[SolvedGroup, ...]) -> list[str]:
-    if config.allocation not in ("threshold", "quantile"):
-        return []
     sizes = _sizes(solved)
     unit = "bits_per_weight" if config.code_bits is None else "code_bits"
+    if config.allocation == "budget" and not config.block_bits and sizes[unit] < 0.999 * config.target:
+        return [
+            f"{unit} is {sizes[unit]:.3f}, {config.target:g} was asked for: whole segments of 32 channels of "
+            f"{list(config.tiers.widths)} bits come no closer from below."
+        ]
+    if config.allocation not in ("threshold", "quantile"):
+        return []
     return [
         f"the tiers of allocation {config.allocation} set the size: {unit} is {sizes[unit]:.3f}, "
         f"{config.target:g} was asked for; allocation budget meets a target."

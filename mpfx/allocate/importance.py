@@ -72,3 +72,11 @@ def importance(parts: dict[str, Tensor], config: ImportanceConfig) -> Tensor:
     share = {name: getattr(config, name) for name in parts}
     total = sum(share.values())
     return torch.stack([parts[name] * (share[name] / total) for name in parts]).sum(0)
+
+
+def block_means(scores: Tensor, size: int) -> Tensor:
+    """Replace every score by the mean over its block of ``size`` adjacent channels, ``(in,)``.
+
+    With n:m sparsity a block of m channels has to stay together, so it is ranked as one.
+    """
+    return torch.cat([block.mean().expand(len(block)) for block in scores.split(size)])

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,18 +92,12 @@ class GroupPlan:
         """Average nominal width over the channels."""
         return float(self.bits.double().mean())
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: widths as runs ``[channels, bits]`` in the input's own order."""
-        values, counts = torch.unique_consecutive(self.bits.int(), return_counts=True)
-        return {
-            "group": self.name,
-            "sites": dict(self.rows),
-            "bits": [[n, b] for n, b in zip(counts.tolist(), values.tolist(), strict=True)],
-            "sparsity": str(self.sparsity),
-            "activation_order": self.activation_order,
-        }
-
 
 def stored_bits_per_weight(plans: list[GroupPlan]) -> float:
     """8 x stored bytes over weights, of all groups together."""
     return 8 * sum(plan.stored_bytes() for plan in plans) / sum(plan.numel for plan in plans)
+
+
+def code_bits_per_weight(plans: list[GroupPlan]) -> float:
+    """Average nominal width of a code, of all groups together."""
+    return sum(plan.code_bits * plan.numel for plan in plans) / sum(plan.numel for plan in plans)

@@ -7,6 +7,8 @@ order of index.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,79 +100,94 @@ def _rank(scores: Tensor) -> Tensor:
     return (len(scores) - 1 - order).argsort()
 
 
-def budget(scores: Tensor, target: float, widths: Sequence[int] = TierConfig.widths) -> Tensor:
+def budget(
+    scores: Tensor, target: float, widths: Sequence[int] = TierConfig.widths, sizes: Sequence[int] | None = None
+) -> Tensor:
     """Spend an average of ``target`` bits where the score says that they count most.
 
-    Rounding to b bits costs a unit about ``score * 4^-b``. Units climb from the narrowest width along the menu in
-    the order of cost saved per bit, most first (O(n log n)), until the next climb does not fit; one or two last
-    moves then meet the target exactly, at the least cost, wherever the menu can: ``sum(bits) == floor(target * n)``,
-    else the next sum below that such moves reach.
+    Rounding to b bits costs a channel about ``score * 4^-b``. Units climb from the narrowest width along the menu in
+    the order of cost saved per bit, most first (O(n log n)), until the next climb does not fit; one or two last moves
+    then meet the target exactly, at the least cost, wherever the menu can, else the next sum below that such moves
+    reach. The target is never exceeded.
 
     Args:
-        scores: ``(n,)``, not negative.
-        target: average bits, between the least and the largest width.
+        scores: ``(n,)``, not negative: of a unit, or the mean of its channels.
+        target: average bits over the channels, between the least and the largest width.
         widths: the menu, ascending.
+        sizes: channels of every unit; None: one each.
 
     Raises:
         ValueError: if the target lies outside of the menu.
     """
     if not widths[0] <= target <= widths[-1]:
         raise ValueError(f"Expected a target of {widths[0]} to {widths[-1]} bits on average but got {target:g}.")
-    count = len(scores)
+    menu, value = np.asarray(widths), scores.detach().cpu().double().numpy()
+    size = np.ones(len(value), dtype=np.int64) if sizes is None else np.asarray(sizes, dtype=np.int64)
     # Ordered by importance, so that ties are decided once and widths never rise as scores fall.
-    order = np.argsort(-scores.detach().cpu().double().numpy(), kind="stable")
-    value = np.maximum(scores.detach().cpu().double().numpy()[order], 1e-300)
-    total = int(target * count + 1e-9)
-    tiers = _climb(value, np.asarray(widths), total - widths[0] * count)
-    tiers = _settle(tiers, value, np.asarray(widths), total)
-    bits = torch.empty(count, dtype=torch.int64)
-    bits[torch.from_numpy(order)] = torch.from_numpy(np.sort(np.asarray(widths)[tiers])[::-1].copy())
+    order = np.argsort(-value, kind="stable")
+    value, size = np.maximum(value[order], 1e-300), size[order]
+    total = int(target * size.sum() + 1e-9)
+    tiers = _climb(value, size, menu, total)
+    left = total - int((menu[tiers] * size).sum())
+    if left:
+        tiers = _settle(tiers, value, size, menu, left)
+    bits = torch.empty(len(value), dtype=torch.int64)
+    bits[torch.from_numpy(order)] = torch.from_numpy(menu[tiers])
     return bits
 
 
-def _climb(value: np.ndarray, widths: np.ndarray, spare: int) -> np.ndarray:
-    """Tier of every unit after as many climbs, best first, as ``spare`` bits pay for."""
+def _climb(value: np.ndarray, size: np.ndarray, widths: np.ndarray, total: int) -> np.ndarray:
+    """Tier of every unit after as many climbs, best first, as ``total`` bits pay for."""
     step = np.diff(widths)
     gain = (4.0 ** -widths[:-1] - 4.0 ** -widths[1:]) / step  # per bit and unit of value; falls from tier to tier
     worth = np.log(value)[:, None] + np.log(gain)[None]  # (n, tiers - 1)
     order = np.argsort(-worth, axis=None, kind="stable")
-    cost = np.cumsum(np.broadcast_to(step, worth.shape).ravel()[order])
+    cost = np.cumsum((size[:, None] * step[None]).ravel()[order])
+    spare = total - int(widths[0] * size.sum())
     taken = order[: int(np.searchsorted(cost, spare, side="right"))]
     return np.bincount(taken // max(len(step), 1), minlength=len(value))
 
 
-def _settle(tiers: np.ndarray, value: np.ndarray, widths: np.ndarray, total: int) -> np.ndarray:
-    """Spend what the climbs left over with the cheapest one or two moves between tiers."""
-    left = total - int(widths[tiers].sum())
-    moves = _best_moves(tiers, value, widths)
-    for goal in range(left, 0, -1):
-        plans: list[tuple[float, tuple[tuple[int, int], ...]]]
-        plans = [(cost, ((unit, to),)) for (bits, unit), (cost, to) in moves.items() if bits == goal]
-        plans += [
-            (c1 + c2, ((u1, t1), (u2, t2)))
-            for (b1, u1), (c1, t1) in moves.items()
-            for (b2, u2), (c2, t2) in moves.items()
-            if b1 + b2 == goal and u1 != u2
-        ]
-        if plans:
-            tiers = tiers.copy()
-            for unit, to in min(plans)[1]:
-                tiers[unit] = to
-            break
-    return tiers
+def _settle(tiers: np.ndarray, value: np.ndarray, size: np.ndarray, widths: np.ndarray, left: int) -> np.ndarray:
+    """Spend what the climbs left over: as much as one or two moves can, at the least cost."""
+    moves = _best_moves(tiers, value, size, widths)
+    plans: list[tuple[int, float, tuple[_Move, ...]]]
+    plans = [(-move.bits, move.cost, (move,)) for move in moves if 0 < move.bits <= left]
+    plans += [
+        (-one.bits - two.bits, one.cost + two.cost, (one, two))
+        for one, two in combinations(moves, 2)
+        if one.unit != two.unit and 0 < one.bits + two.bits <= left
+    ]
+    settled = tiers.copy()
+    for move in min(plans, default=(0, 0.0, ()))[2]:
+        settled[move.unit] = move.tier
+    # Of equally large units the more important ones get the wider widths, whichever of them was moved.
+    for channels in np.unique(size):
+        alike = size == channels
+        settled[alike] = np.sort(settled[alike])[::-1]
+    return settled
 
 
-def _best_moves(tiers: np.ndarray, value: np.ndarray, widths: np.ndarray) -> dict[tuple[int, int], tuple[float, int]]:
-    """(bits, unit) -> (cost, new tier) of the cheapest move between every two tiers.
+class _Move(NamedTuple):
+    bits: int
+    cost: float
+    unit: int
+    tier: int
 
-    Units are ordered by value: moving up costs least for the first of a tier, moving down for the last; the second
-    best stands by for a plan that moves two units of one tier.
+
+def _best_moves(tiers: np.ndarray, value: np.ndarray, size: np.ndarray, widths: np.ndarray) -> list[_Move]:
+    """The cheapest moves between every two tiers, for every size of unit.
+
+    Units are ordered by value: moving up costs least for the first of a tier, moving down for the last; the second best
+    stands by for a plan that moves two units of one tier.
     """
-    moves: dict[tuple[int, int], tuple[float, int]] = {}
-    for start in np.unique(tiers):
-        units = np.flatnonzero(tiers == start)
-        for to in range(len(widths)):
-            for unit in () if to == start else (units[:2] if to > start else units[-2:]):
-                cost = float(value[unit]) * (4.0 ** -float(widths[to]) - 4.0 ** -float(widths[start]))
-                moves[int(widths[to] - widths[start]), int(unit)] = (cost, to)
+    price = 4.0 ** -widths.astype(np.float64)
+    moves = []
+    for channels in np.unique(size):
+        for start in np.unique(tiers):
+            units = np.flatnonzero((tiers == start) & (size == channels))
+            for to in range(len(widths)):
+                for unit in () if to == start else units[:2] if to > start else units[-2:]:
+                    cost = float(value[unit] * channels * (price[to] - price[start]))
+                    moves.append(_Move(int(channels * (widths[to] - widths[start])), cost, int(unit), to))
     return moves

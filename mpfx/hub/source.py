@@ -67,14 +67,6 @@ def load_model(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype
     return _load_pretrained(name, trust_remote_code, wanted)
 
 
-def output_head(model: PreTrainedModel) -> str | None:
-    """Return the path of the module that makes the logits, or None if the model has none."""
-    head: nn.Module | None = model.get_output_embeddings()
-    if head is None:
-        return None
-    return next((path for path, module in model.named_modules() if module is head), None)
-
-
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """Return the dtype, or None for ``"auto"``."""
     if dtype == "auto":

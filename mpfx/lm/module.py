@@ -38,7 +38,7 @@ class CausalLM(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score the next-token predictions of one batch."""
-        logits = _logits(self.model(**_model_inputs(self.model, batch)))[:, :-1]
+        logits = _logits(self.model(**model_inputs(self.model, batch)))[:, :-1]
         targets = next_tokens(batch)
         log_probs = target_log_probs(logits, targets)
         self.perplexity.update(log_probs, targets)
@@ -69,7 +69,7 @@ def next_tokens(batch: Batch) -> Tensor:
     return targets.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORE)
 
 
-def _model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Keep what the model reads; a cache of keys and values would only cost memory."""
     inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
     if "use_cache" in inspect.signature(model.forward).parameters:

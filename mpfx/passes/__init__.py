@@ -6,6 +6,7 @@ from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import LocateSites, annotated, located
 from mpfx.passes.observe import observed, padding_mask
 from mpfx.passes.pack import Pack
+from mpfx.passes.preflight import located_graph
 from mpfx.passes.solve import PruneAndQuantize, SolvedGroup, solve_group, solved_groups
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "annotated",
     "check_feasible",
     "located",
+    "located_graph",
     "observed",
     "padding_mask",
     "run_passes",

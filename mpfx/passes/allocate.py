@@ -8,7 +8,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, fx
 
-from mpfx.allocate import GroupPlan, budget, fixed, importance, quantile, signals, stored_bits_per_weight, threshold
+from mpfx.allocate import (
+    GroupPlan,
+    block_means,
+    budget,
+    code_bits_per_weight,
+    fixed,
+    importance,
+    quantile,
+    signals,
+    stored_bits_per_weight,
+    threshold,
+)
 from mpfx.graph import InputGroup, blocks, linear_weight
 from mpfx.nn.layout import RAW_BITS, SEGMENT, WIDTHS
 from mpfx.passes.base import PassResult
@@ -55,14 +66,15 @@ class Allocate:
         return PassResult(gm, modified=False)
 
     def ensures(self, gm: fx.GraphModule) -> None:
-        """A stored budget is never exceeded by a strategy that can keep it."""
-        if self.config.code_bits is not None or self.config.allocation not in ("fixed", "budget"):
+        """A budget is never exceeded by a strategy that can keep it."""
+        if self.config.allocation not in ("fixed", "budget"):
             return
+        measure = stored_bits_per_weight if self.config.code_bits is None else code_bits_per_weight
         plans = {node.meta[PLAN].name: node.meta[PLAN] for node in annotated(gm, PLAN)}
         for target, groups in domains(gm, self.config):
-            stored = stored_bits_per_weight([plans[g.name] for g in groups])
-            if stored > target:
-                raise ValueError(f"the plan stores {stored:.4f} bits per weight, above the {target:g} asked for.")
+            size = measure([plans[g.name] for g in groups])
+            if size > target + 1e-9:
+                raise ValueError(f"the plan takes {size:.4f} bits per weight, above the {target:g} asked for.")
 
     def _score(self, gm: fx.GraphModule, group: InputGroup) -> Tensor:
         weight = torch.cat([linear_weight(gm.get_submodule(s.path)).detach().float() for s in group.sites])
@@ -76,14 +88,15 @@ class Allocate:
 
 
 def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
-    """Refuse a stored budget that no plan can keep, before any work is done.
+    """Refuse a stored budget that no plan can keep, and patterns that match no block, before any work is done.
 
     Raises:
-        ValueError: with the size asked for and the feasible range.
+        ValueError: with what was asked for and what is feasible.
     """
+    shared = domains(gm, config)
     if config.code_bits is not None or config.allocation not in ("fixed", "budget"):
         return
-    for target, groups in domains(gm, config):
+    for target, groups in shared:
         widths = (*WIDTHS, RAW_BITS) if config.allocation == "fixed" else config.tiers.widths
         drafts = [Draft(config, group, None) for group in groups]
         least, most = (
@@ -128,9 +141,12 @@ class Draft:
         self.config, self.group = config, group
         self.channels = group.sites[0].in_features
         self.segments = -(-self.channels // SEGMENT)
-        self.order = torch.arange(self.channels) if score is None else score.cpu().argsort(descending=True, stable=True)
-        flat = torch.ones(self.channels) if score is None else score.cpu()
-        self.scores = torch.stack([part.mean() for part in flat[self.order].split(SEGMENT)])
+        ranked = torch.ones(self.channels) if score is None else score.cpu()
+        if config.pattern.group_m:
+            ranked = block_means(ranked, config.pattern.group_m)
+        self.order = ranked.argsort(descending=True, stable=True)
+        parts = ranked[self.order].split(SEGMENT)
+        self.scores, self.sizes = torch.stack([part.mean() for part in parts]), [len(part) for part in parts]
 
     @property
     def numel(self) -> int:
@@ -175,14 +191,18 @@ def allocate(drafts: Sequence[Draft], target: float, config: CompressionConfig) 
 
 
 def _spread(drafts: Sequence[Draft], target: float, widths: Sequence[int]) -> list[GroupPlan]:
-    """Meet an average of code bits over all groups; what segments leave over in one group is handed to the next."""
-    plans, spare = [], 0.0
-    for draft in drafts:
-        goal = min(max(target + spare / draft.numel, widths[0]), widths[-1])
-        plan = draft.plan(budget(draft.scores, goal, widths))
+    """Meet an average of code bits over all groups.
+
+    What the segments of one group leave over is handed to the next, large groups first: the last has the finest steps.
+    """
+    plans: dict[str, GroupPlan] = {}
+    spare = 0.0
+    for draft in sorted(drafts, key=lambda draft: -draft.numel):
+        goal = min(target + spare / draft.numel, widths[-1])
+        plan = draft.plan(budget(draft.scores, goal, widths, draft.sizes))
         spare += (target - plan.code_bits) * draft.numel
-        plans.append(plan)
-    return plans
+        plans[plan.name] = plan
+    return [plans[draft.group.name] for draft in drafts]
 
 
 def _within(spread: Callable[[float], list[GroupPlan]], target: float, config: CompressionConfig) -> list[GroupPlan]:

@@ -20,11 +20,10 @@ class CompressionConfig:
             permutations, padding). Never exceeded. Give this or `code_bits`.
         code_bits: average nominal width of the codes alone. Give this or `bits_per_weight`. With `fixed` a whole number
             from 1 to 8, or 16: keep float16 values and only prune. `threshold` and `quantile` set the average by
-            their own
-            tiers: they win over either size, and the report states both.
+            their own tiers: they win over either size, and the report states both.
         allocation: who gets how many bits. fixed: one width; threshold, quantile, budget: tiers by importance, of which
             budget meets the size that is asked for.
-        sparsity: fraction of the weights to prune (0.5), or n of m kept ("2:4"); null: none.
+        sparsity: fraction of the weights to prune (0.5), or n of every m adjacent channels kept ("2:4"); null: none.
         importance: weights of the five signals.
         tiers: widths and quantiles of `quantile`; `budget` uses the widths.
         threshold: thresholds and widths of `threshold`.

@@ -3,10 +3,11 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from mpfx.graph import InputGroup, input_groups, sites
+from mpfx.graph import InputGroup, input_groups, sites, traced_module
 from mpfx.passes.base import PassResult
 
 GROUP = "mpfx_group"
@@ -19,11 +20,11 @@ class LocateSites:
 
     Args:
         dense: patterns of module paths (``fnmatch``) that stay as they are.
-        heads: module paths that stay as they are, whether they are sites or not.
+        compress_head: whether output heads are compressed too.
     """
 
     dense: Collection[str] = ()
-    heads: Collection[str] = ()
+    compress_head: bool = False
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Every pattern has to match a site: one that does not is a typing error."""
@@ -36,17 +37,36 @@ class LocateSites:
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Annotate."""
-        skip = {s.path for s in sites(gm) if s.path in self.heads or any(fnmatchcase(s.path, p) for p in self.dense)}
         nodes = {str(node.target): node for node in reversed(gm.graph.nodes) if node.op == "call_module"}
-        for group in input_groups(gm, skip):
+        for group in input_groups(gm, self.reasons(gm).keys()):
             nodes[group.sites[0].path].meta[GROUP] = group
         return PassResult(gm, modified=False)
+
+    def reasons(self, gm: fx.GraphModule) -> dict[str, str]:
+        """Why Linears stay as they are, by module path."""
+        heads = set() if self.compress_head else output_heads(traced_module(gm))
+        found = {}
+        for site in sites(gm):
+            if site.dense_reason:
+                found[site.path] = site.dense_reason
+            elif site.path in heads:
+                found[site.path] = "it is the output head (`compress_head`)"
+            elif any(fnmatchcase(site.path, pattern) for pattern in self.dense):
+                found[site.path] = "it was named to stay dense (`dense`)"
+        return found
 
     def ensures(self, gm: fx.GraphModule) -> None:
         """Something has to be left to compress."""
         if not located(gm):
-            found = [f"{s.path} ({s.dense_reason or 'named to stay dense'})" for s in sites(gm)]
+            found = [f"{path} ({reason})" for path, reason in self.reasons(gm).items()]
             raise ValueError(f"no Linear is left to compress; found {_few(found)}.")
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Paths of the modules that a model itself names as its output head (transformers' ``get_output_embeddings``)."""
+    named: list[Any] = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    heads = [module.get_output_embeddings() for module in named]
+    return {path for path, module in model.named_modules() if any(module is head for head in heads)}
 
 
 def _few(items: list[str]) -> str:

@@ -71,8 +71,11 @@ class Report:
         return asdict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``to_json()`` to a file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        """Write ``to_json()`` to a file, at once or not at all."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        temporary.replace(target)
 
     def print(self, console: Console) -> None:
         """Print the run in a table, its worst sites, and its notes."""

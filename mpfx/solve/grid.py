@@ -70,7 +70,7 @@ def fit_grid(weight: Tensor, bits: int, config: GridConfig) -> Grid:
         The grid; its scales are float16 values already, so that what is solved is what is stored.
 
     Raises:
-        ValueError: if weights are so large that no float16 scale can hold them.
+        ValueError: if weights are NaN, or so large that no float16 scale can hold them.
     """
     low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
     if config.symmetric:
@@ -98,6 +98,8 @@ def _error(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def _float16(scale: Tensor) -> Tensor:
+    if bool(scale.isnan().any()):
+        raise ValueError("the weights hold NaN: the layer is damaged.")
     if not bool((scale <= _LARGEST).all()):
         raise ValueError(
             f"weights need a quantization step of {scale.max():.3g}, but a float16 scale holds at most {_LARGEST:g}: "

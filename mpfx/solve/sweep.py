@@ -30,11 +30,17 @@ def sweep(
 
     Returns:
         Codes, scales, zeros and mask; ``.dequantize()`` is the solved weight.
+
+    Raises:
+        ValueError: if weights are not finite, or too large for float16 scales or raw float16 channels.
     """
     state = _Sweep(weight, upper, layout, grid, sparsity or Sparsity())
     for panel in layout.panels:
         state.solve_panel(panel)
-    return state.result()
+    solved = state.result()
+    if not bool(torch.isfinite(solved.dequantize()).all()):
+        raise ValueError("the solved weights are not finite: raw channels hold values that float16 cannot.")
+    return solved
 
 
 class _Sweep:
@@ -68,7 +74,7 @@ class _Sweep:
         """Solve channels ``start .. stop-1`` one after the other; writes ``(w - q) / U_jj`` into ``errors``."""
         for j in range(start, stop):
             if self.sparsity.group_m and (j - panel.start) % self.sparsity.group_m == 0:
-                self._prune_next(j)
+                self._prune_next(j, panel.stop)
             if j in self.groups:
                 self._start_group(self.groups[j])
             w = self.work[j]
@@ -101,8 +107,8 @@ class _Sweep:
             weight = weight.masked_fill(self.pruned[inside], 0.0)
         self.grids.append(fit_grid(weight, group.bits, self.config))
 
-    def _prune_next(self, start: int) -> None:
-        inside = slice(start, start + self.sparsity.group_m)
+    def _prune_next(self, start: int, stop: int) -> None:
+        inside = slice(start, min(start + self.sparsity.group_m, stop))
         self.pruned[inside] = prune_n_of_m(self._saliency(inside), self.sparsity)
 
     def _saliency(self, inside: slice) -> Tensor:

@@ -40,7 +40,10 @@ class MomentAccumulator:
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        # Apple's GPUs have no float64.
+        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+        def zeros(*shape: int, dtype: torch.dtype = exact) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._outer = zeros(in_features, in_features, dtype=torch.float32)

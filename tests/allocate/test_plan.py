@@ -50,10 +50,3 @@ def test_bytes_are_those_of_the_solved_weight(sparsity: str | None, bits: list[i
     assert decided.stored_bytes() == pytest.approx(whole, abs=8 * 4 * 8 * 2 + 200)
     assert decided.code_bits == sum(bits) / channels
     assert stored_bits_per_weight([decided]) == 8 * decided.stored_bytes() / (120 * channels)
-
-
-def test_json_names_everything() -> None:
-    data = plan([8] * 32 + [2] * 32, sparsity="2:4").to_json()
-    assert data["bits"] == [[32, 8], [32, 2]]
-    assert data["sparsity"] == "2:4"
-    assert data["sites"] == {"a": 40, "b": 80}

@@ -72,6 +72,30 @@ def test_budget_is_exact_for_any_target(count: int, target: float) -> None:
     assert bool((ordered[1:] <= ordered[:-1]).all())
 
 
+def test_units_of_several_channels_count_by_their_size() -> None:
+    scores, sizes = torch.tensor([3.0, 2.0, 1.0]), [32, 32, 8]
+    for target in (2, 2.5, 3, 3.5, 4, 5, 7, 8):
+        bits = budget(scores, target, sizes=sizes)
+        spent = sum(b * n for b, n in zip(bits.tolist(), sizes, strict=True))
+        reachable = {
+            sum(b * n for b, n in zip(c, sizes, strict=True)) for c in itertools.product((2, 3, 4, 6, 8), repeat=3)
+        }
+        assert spent == max(total for total in reachable if total <= target * 72)
+
+
+def test_a_long_tail_of_sizes_never_exceeds_the_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        sizes = [32] * int(torch.randint(1, 20, (), generator=generator)) + [
+            int(torch.randint(1, 32, (), generator=generator))
+        ]
+        scores = torch.rand(len(sizes), generator=generator).sort(descending=True).values
+        target = 2 + 6 * float(torch.rand((), generator=generator))
+        bits = budget(scores, target, sizes=sizes)
+        spent = sum(b * n for b, n in zip(bits.tolist(), sizes, strict=True))
+        assert target * sum(sizes) - 64 <= spent <= target * sum(sizes) + 1e-6
+
+
 def test_budget_is_fast() -> None:
     scores = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()

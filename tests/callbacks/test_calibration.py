@@ -37,7 +37,7 @@ def test_records_calls_and_statistics_from_the_first_call_on() -> None:
     recorder.close()
     module(torch.randn(2, 8))  # not recorded any more
     x = torch.cat(inputs)
-    (moments,) = recorder.moments().values()
+    (moments,) = recorder.take_moments().values()
     assert moments.tokens == 14
     torch.testing.assert_close(moments.hessian, 2 / 14 * x.t() @ x)
     assert [call["x"].shape[0] for call in recorder.calls] == [4, 7, 3]

@@ -1,6 +1,7 @@
 """The callback under real Trainers."""
 
 import copy
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -53,9 +54,7 @@ def test_the_package_is_known_by_one_name() -> None:
 def test_one_validation_loop_compresses(llama: Any, batches: Batches, validate: Validate, allocation: Any) -> None:
     dense = copy.deepcopy(llama)
     module = CausalLM(llama)
-    callback = ModelCompression(
-        CompressionConfig(code_bits=4, allocation=allocation), module="model", heads=["lm_head"]
-    )
+    callback = ModelCompression(CompressionConfig(code_bits=4, allocation=allocation), module="model")
     validate(module, batches, callback)
     assert callback.done
     assert len(packed(llama)) == 21
@@ -76,10 +75,10 @@ def test_equals_the_passes_called_by_hand(llama: Any, batches: Batches, validate
     from mpfx.passes import Allocate, LocateSites, Pack, PruneAndQuantize, run_passes
 
     config, twin = CompressionConfig(code_bits=3, sparsity=0.25, allocation="fixed"), copy.deepcopy(llama)
-    validate(CausalLM(llama), batches, ModelCompression(config, module="model", heads=["lm_head"]))
+    validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
     gm = trace(twin, (), {**batches[0], "use_cache": False})
     values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
-    run_passes(gm, [LocateSites(heads=["lm_head"]), Allocate(config, {}), PruneAndQuantize(values), Pack()])
+    run_passes(gm, [LocateSites(), Allocate(config, {}), PruneAndQuantize(values), Pack()])
     for (name, ours), theirs in zip(llama.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
@@ -96,7 +95,7 @@ def test_the_lightning_module_itself(validate: Validate) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precision_plugins(llama: Any, batches: Batches, validate: Validate, precision: str) -> None:
     module = CausalLM(llama)
-    callback = ModelCompression(CompressionConfig(code_bits=4, allocation="fixed"), module="model", heads=["lm_head"])
+    callback = ModelCompression(CompressionConfig(code_bits=4, allocation="fixed"), module="model")
     validate(module, batches[:2], callback, precision=precision)
     assert len(packed(llama)) == 21
     validate(module, batches[:2], precision=precision)
@@ -111,7 +110,7 @@ def test_results_are_the_same_every_time(llama: Any, batches: Batches, validate:
     for model in (llama, twin):
         torch.manual_seed(len(packed(model)))  # whatever the global generator holds
         config = CompressionConfig(code_bits=4, sparsity=0.5, allocation="quantile")
-        validate(CausalLM(model), batches, ModelCompression(config, module="model", heads=["lm_head"]))
+        validate(CausalLM(model), batches, ModelCompression(config, module="model"))
     for (name, one), two in zip(llama.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
 
@@ -119,7 +118,7 @@ def test_results_are_the_same_every_time(llama: Any, batches: Batches, validate:
 def test_weights_can_be_trained_on_afterwards(llama: Any, batches: Batches, validate: Validate) -> None:
     """Nothing that is left in the model is an inference tensor."""
     config = CompressionConfig(code_bits=4, allocation="fixed")
-    validate(CausalLM(llama), batches, ModelCompression(config, module="model", heads=["lm_head"]))
+    validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
     assert not any(t.is_inference() for t in (*llama.parameters(), *llama.buffers()))
     llama(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
     assert llama.model.embed_tokens.weight.grad is not None
@@ -151,9 +150,7 @@ def test_no_hook_is_left_after_an_exception(llama: Any, batches: Batches, valida
     ],
 )
 def test_a_wrong_target_is_named(llama: Any, batches: Batches, validate: Validate, target: str, message: str) -> None:
-    callback = ModelCompression(
-        CompressionConfig(code_bits=4, allocation="fixed"), heads=["", "lm_head"], module=target
-    )
+    callback = ModelCompression(CompressionConfig(code_bits=4, allocation="fixed"), module=target)
     with pytest.raises((ValueError, RuntimeError, PassError), match=message):
         validate(CausalLM(llama), batches, callback)
     assert hooks(llama) == 0
@@ -167,12 +164,36 @@ def test_an_infeasible_budget_stops_at_the_first_batch(llama: Any, batches: Batc
             super().validation_step(batch, batch_idx)
             steps.append(batch_idx)
 
-    callback = ModelCompression(
-        CompressionConfig(bits_per_weight=1.3, allocation="fixed"), module="model", heads=["lm_head"]
-    )
+    callback = ModelCompression(CompressionConfig(bits_per_weight=1.3, allocation="fixed"), module="model")
     with pytest.raises(ValueError, match="`bits_per_weight` of at least"):
         validate(Counts(llama), batches, callback)
     assert steps == []
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")  # Lightning's own word on it
+def test_an_empty_loader_is_an_error(llama: Any, validate: Validate) -> None:
+    with pytest.raises(RuntimeError, match="ran no batch"):
+        validate(CausalLM(llama), [], ModelCompression(CompressionConfig(code_bits=4), module="model"))
+
+
+def test_no_hessian_outlives_the_allocation(llama: Any, batches: Batches, validate: Validate) -> None:
+    from mpfx.passes import solve as room
+
+    alive: list[int] = []
+    original = room.solve_group
+
+    def spy(*args: Any) -> Any:
+        gc.collect()
+        square = [o for o in gc.get_objects() if type(o) is Tensor and o.dtype == torch.float32 and o.dim() == 2]
+        alive.append(sum(t.shape[0] == t.shape[1] and t.shape[0] in (64, 160) for t in square))
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "solve_group", spy)
+        config = CompressionConfig(code_bits=4, allocation="quantile")
+        validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
+    assert len(alive) == 12
+    assert max(alive) <= 4 + 2 + 12  # of this block: sums and a Hessian; and what is square among weights
 
 
 def test_validation_inside_of_fit_is_left_alone() -> None:
@@ -200,13 +221,13 @@ def test_validation_inside_of_fit_is_left_alone() -> None:
 def test_on_a_gpu(llama: Any, batches: Batches, validate: Validate, precision: str, sparsity: float | None) -> None:
     twin, dense = copy.deepcopy(llama), copy.deepcopy(llama)
     config = CompressionConfig(code_bits=4, allocation="quantile", sparsity=sparsity)
-    on_gpu, on_cpu = (ModelCompression(config, module="model", heads=["lm_head"]) for _ in range(2))
+    on_gpu, on_cpu = (ModelCompression(config, module="model") for _ in range(2))
     validate(CausalLM(llama), batches, on_gpu, accelerator="gpu", precision=precision)
     validate(CausalLM(twin), batches, on_cpu)
     before = dense(**batches[0]).logits.detach()
     ours, theirs = (float((m(**batches[0]).logits.detach() - before).norm()) for m in (llama.cpu(), twin))
     assert ours == pytest.approx(theirs, rel=0.15)
     for one, two in zip(on_gpu.solved, on_cpu.solved, strict=True):
-        assert one.plan.to_json() == two.plan.to_json() or precision != "32-true"
+        assert one.plan.layout.widths == two.plan.layout.widths  # quantile: the same number of segments a tier
         for path, error in one.relative_error.items():
             assert error == pytest.approx(two.relative_error[path], rel=0.3)

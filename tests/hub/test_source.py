@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 import mpfx.hub.source
-from mpfx.hub.source import SMOLLM2, Source, load_model, output_head
+from mpfx.hub.source import SMOLLM2, Source, load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, pad_token_id=0)
@@ -90,11 +90,6 @@ def test_half_precision_is_loaded_as_float32_without_cuda(tmp_path: Path, monkey
 def test_dtypes_are_checked(dtype: str | torch.dtype) -> None:
     with pytest.raises(ValueError, match="'auto' or one of float32, float16, bfloat16, float64"):
         load_model(SMOLLM2, dtype=dtype)
-
-
-def test_output_head(tmp_path: Path) -> None:
-    assert output_head(random_model(LLAMA)) == "lm_head"
-    assert output_head(LlamaModel(LLAMA)) is None
 
 
 def test_loading_is_silent_and_leaves_the_switches_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +239,6 @@ def smollm2() -> Source:
 @pytest.mark.smollm2
 def test_smollm2_is_a_plain_float32_model_with_tied_embeddings(smollm2: Source) -> None:
     model = smollm2.model
-    assert output_head(model) == "lm_head"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from mpfx.allocate import code_bits_per_weight
 from mpfx.graph import bind_inputs, linear_weight, trace
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.passes import (
@@ -31,7 +32,7 @@ Batches = list[dict[str, Tensor]]
 
 
 def located_graph(model: nn.Module, batch: dict[str, Any], **where: Any) -> fx.GraphModule:
-    return run_passes(trace(model, (), {**batch, "use_cache": False}), [LocateSites(**{"heads": ["lm_head"], **where})])
+    return run_passes(trace(model, (), {**batch, "use_cache": False}), [LocateSites(**where)])
 
 
 def bound(gm: fx.GraphModule, batches: Batches) -> list[dict[str, Any]]:
@@ -77,11 +78,10 @@ def test_every_architecture_and_strategy(language_model: Any, batches: Batches, 
     for group in groups:
         for path in group.weights:
             assert torch.equal(language_model.get_submodule(path).weight, group.dense(path))
-            if config.sparsity:
-                share = float((group.dense(path) == 0).float().mean())
-                assert share >= 0.2
+        zeros = sum(int((group.dense(path) == 0).sum()) for path in group.weights)
+        assert zeros / group.plan.numel >= config.pattern.fraction - 0.01
         for entry in group.reports():
-            assert 0 <= entry.relative_error < 0.9
+            assert 0 <= entry.relative_error < (0.1 if config.code_bits == 8 else 0.6)
             assert entry.fallback is None
     out = language_model(**batches[0]).logits
     assert bool(torch.isfinite(out).all())
@@ -134,16 +134,34 @@ def test_a_stored_budget_is_met_from_below(
         assert stored > target - 0.08
 
 
-def test_budget_spreads_code_bits_over_the_model(llama: Any, batches: Batches) -> None:
-    gm = located_graph(llama, batches[0])
+@pytest.mark.parametrize("hidden", [64, 72])  # whole segments, and a last one of 8 channels
+def test_budget_spreads_code_bits_over_the_model(make_llama: Any, batches: Batches, hidden: int) -> None:
+    model = make_llama(hidden_size=hidden)
+    gm = located_graph(model, batches[0])
     moments = dense_moments(gm, batches)
-    for target in (3.0, 3.37, 4.0):
+    for target in (2.0, 3.0, 3.37, 4.0, 5.0, 7.0, 8.0):
         run_passes(gm, [Allocate(CompressionConfig(code_bits=target, allocation="budget"), moments)])
         plans = [node.meta[PLAN] for node in gm.graph.nodes if PLAN in node.meta]
-        total = sum(plan.numel for plan in plans)
-        average = sum(plan.code_bits * plan.numel for plan in plans) / total
-        last = plans[-1].numel * 2 / (len(plans[-1].bits) / 32) / total  # what one segment of the last group is worth
-        assert target - last <= average <= target + 1e-9
+        step = min(32 * sum(plan.rows.values()) for plan in plans)  # one bit for one segment of the smallest group
+        missing = (target - code_bits_per_weight(plans)) * sum(plan.numel for plan in plans)
+        assert -1e-6 <= missing <= step
+
+
+@pytest.mark.parametrize("allocation", ["budget", "quantile", "fixed"])
+def test_n_of_m_holds_in_the_models_own_order(llama: Any, batches: Batches, allocation: Any) -> None:
+    config = CompressionConfig(code_bits=8, allocation=allocation, sparsity="2:4")
+    for group in compressed(llama, batches, config):
+        for path in group.weights:
+            zeros = (group.dense(path) == 0).unflatten(1, (-1, 4)).sum(-1)
+            assert bool((zeros >= 2).all())
+
+
+def test_the_models_own_head_stays_dense_unless_asked(llama: Any, batches: Batches) -> None:
+    gm = run_passes(trace(llama, (), batches[0]), [LocateSites()])
+    assert "lm_head" not in {site.path for group in located(gm) for site in group.sites}
+    assert LocateSites().reasons(gm) == {"lm_head": "it is the output head (`compress_head`)"}
+    gm = run_passes(trace(llama, (), batches[0]), [LocateSites(compress_head=True)])
+    assert "lm_head" in {site.path for group in located(gm) for site in group.sites}
 
 
 def test_blocks_can_have_budgets_of_their_own(llama: Any, batches: Batches) -> None:
@@ -268,7 +286,7 @@ def test_passes_say_what_has_to_run_before(llama: Any, batches: Batches) -> None
     config = CompressionConfig(code_bits=4, allocation="quantile")
     with pytest.raises(PassError, match="run LocateSites before"):
         run_passes(gm, [Allocate(config, {})])
-    run_passes(gm, [LocateSites(heads=["lm_head"])])
+    run_passes(gm, [LocateSites()])
     with pytest.raises(PassError, match="statistics of every input group"):
         run_passes(gm, [Allocate(config, {})])
     with pytest.raises(PassError, match="run Allocate before"):
