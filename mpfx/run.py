@@ -100,7 +100,7 @@ def _open(model: str, trust_remote_code: bool) -> Source:
     loaded: Any = load(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        usable = len(tokenizer) > 0  # without its files, some classes of tokenizer come up empty
+        usable = tokenizer.vocab_size > 0  # without its files, some classes of tokenizer come up empty
     except (OSError, ValueError) as error:
         raise ValueError(f"{model}: {_NO_TOKENIZER}") from error
     if not usable:

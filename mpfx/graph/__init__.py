@@ -3,6 +3,7 @@
 from mpfx.graph.errors import TraceError
 from mpfx.graph.grouping import InputGroup, Site, input_groups, sites
 from mpfx.graph.linear import is_linear, linear_weight
+from mpfx.graph.live import traced_module
 from mpfx.graph.partition import OUTPUT, Block, blocks, run_block
 from mpfx.graph.tracing import bind_inputs, trace
 
@@ -20,4 +21,5 @@ __all__ = [
     "run_block",
     "sites",
     "trace",
+    "traced_module",
 ]

@@ -7,7 +7,7 @@ import enum
 import inspect
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpfx.graph.compat import Symbol
+from mpfx.graph.errors import TraceError, UnsupportedCodeError
 from mpfx.graph.sizes import SizeRules
 
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
@@ -80,6 +81,47 @@ def holds_tensor(value: Any, depth: int = _SEARCH_DEPTH) -> bool:
     return any(holds_tensor(item, depth - 1) for item in getattr(value, "__dict__", {}).values())
 
 
+def private_copy(path: str, value: Any) -> Any:
+    """A copy of an argument that is no tensor, which the forward may fill with tensors.
+
+    Raises:
+        TraceError: If the object holds tensors, which would become constants of the graph.
+    """
+    if isinstance(value, (*PLAIN_TYPES, nn.Module)) or callable(value):
+        return value
+    if holds_tensor(value):
+        raise TraceError(
+            f"The argument `{path}` is a {type(value).__name__} that holds tensors, which a graph cannot take as "
+            "input. What to change: pass tensors, or lists and dicts of tensors; leave filled caches out."
+        )
+    return copy.deepcopy(value)
+
+
+def result_tensors(result: Any) -> Any:
+    """The tensors of a forward's result in their nesting, dataclasses and mappings as dicts.
+
+    Raises:
+        UnsupportedCodeError: If there are none.
+    """
+    tensors = _only_tensors(result)
+    if tensors is None:
+        raise UnsupportedCodeError("the forward returns no tensor", "trace a module that returns tensors")
+    return tensors
+
+
+def _only_tensors(value: Any) -> Any:
+    """The tensors of a result in their nesting, None where there are none."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(kept for item in value if (kept := _only_tensors(item)) is not None) or None
+    if is_dataclass(value) and not isinstance(value, dict):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, (dict, UserDict)):
+        return {key: kept for key, item in value.items() if (kept := _only_tensors(item)) is not None} or None
+    return None
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A traced tensor: its type, and per dimension a number (fixed) or the symbol that stands for it."""
@@ -93,6 +135,10 @@ class Fixed:
     """An argument that is not a tensor: what it was while tracing is part of the graph."""
 
     value: Any
+
+    def is_left_out(self, value: Any) -> bool:
+        """Whether ``value`` only stands for an argument that was not given: placeholders default to what code holds."""
+        return value is None and not _is_literal(self.value)
 
 
 @dataclass
@@ -134,13 +180,27 @@ class TracedCall:
         keywords = {name: value for name, value in values.items() if name not in self.positional}
         return [values[name] for name in self.positional], keywords
 
+    def without_defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Drop the values that only fill a placeholder, so that ``split`` gives arguments that forward takes."""
+        return {
+            name: value
+            for name, value in values.items()
+            if name in self.positional or not (name in self.optional or self._left_out(name, value))
+        }
+
     def placeholder_default(self, name: str) -> Any:
         """What the placeholder of an argument without tensors falls back to: its value, if code can hold it."""
         value = self.values[name] if name in self.values else self.optional[name]
         return value if _is_literal(value) else None
 
-    def check(self, values: Mapping[str, Any], sizes: SizeRules) -> None:
-        """Raise a ValueError where the arguments differ from the traced ones in more than dynamic sizes."""
+    def check(self, values: Mapping[str, Any], sizes: SizeRules, compare: Callable[[], str | None]) -> None:
+        """Raise a ValueError where the arguments differ from the traced ones in more than dynamic sizes.
+
+        Args:
+            values: The arguments by name.
+            sizes: What the trace assumed about their sizes.
+            compare: Given to :meth:`SizeRules.check`.
+        """
         found: dict[str, Any] = {}
         for name, value in values.items():
             found.update(leaves(value, name))
@@ -150,7 +210,11 @@ class TracedCall:
         symbols: dict[Symbol, int] = {}
         for path, leaf in found.items():
             symbols.update(_check_leaf(path, leaf, self.specs.get(path)))
-        sizes.check(symbols)
+        sizes.check(symbols, compare)
+
+    def _left_out(self, path: str, value: Any) -> bool:
+        spec = self.specs.get(path)
+        return isinstance(spec, Fixed) and spec.is_left_out(value)
 
 
 def name_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,8 +240,7 @@ def _check_leaf(path: str, leaf: Any, spec: TensorSpec | Fixed | None) -> dict[S
     if spec is None:
         raise ValueError(f"`{path}` was not there when the module was traced; trace it with this argument.")
     if isinstance(spec, Fixed):
-        left_out = leaf is None and not _is_literal(spec.value)  # such placeholders default to None
-        if not (left_out or _same(leaf, spec.value)):
+        if not (spec.is_left_out(leaf) or _same(leaf, spec.value)):
             raise ValueError(
                 f"Expected `{path}` to be {_short(spec.value)}, as when the module was traced, but got {_short(leaf)}."
             )

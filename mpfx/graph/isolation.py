@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpfx.graph.errors import TraceError
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _CONTAINERS = (dict, list, set)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _trace_lock = threading.Lock()
 _tracing_threads: set[int] = set()
@@ -34,6 +36,33 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def unobserved(
+    root: nn.Module, kept_hooks: Collection[int], written: Sequence[Tensor], cuda: Sequence[int]
+) -> Iterator[None]:
+    """Run modules on real tensors so that nothing of it stays and no hook but the kept ones takes part.
+
+    Args:
+        root: The module that runs, or whose children do.
+        kept_hooks: Keys of hooks that belong to the computation.
+        written: Tensors that a run may write to, such as buffers; their values are put back.
+        cuda: Devices whose random state is put back.
+    """
+    with _one_trace_at_a_time(), _attributes_restored(root), _values_restored(written):
+        for module in root.modules():
+            for name in _HOOKS:  # others hold on to these very dicts
+                hooks = module.__dict__[name].items()
+                module.__dict__[name] = OrderedDict((key, hook) for key, hook in hooks if key in kept_hooks)
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            yield
+
+
+def hook_keys(root: nn.Module, without: Collection[int]) -> frozenset[int]:
+    """The keys of all hooks in ``root``, but for those on modules whose ids are in ``without``."""
+    modules = [module for module in root.modules() if id(module) not in without]
+    return frozenset(key for module in modules for name in _HOOKS for key in module.__dict__[name])
 
 
 @contextmanager
@@ -66,6 +95,17 @@ def _one_trace_at_a_time() -> Iterator[None]:
             yield
         finally:
             _tracing_threads.discard(thread)
+
+
+@contextmanager
+def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, saved in zip(tensors, before, strict=True):
+            if not torch.equal(tensor, saved):  # only then, as a write counts as a change to others
+                tensor.copy_(saved)
 
 
 @contextmanager

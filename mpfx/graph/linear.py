@@ -133,4 +133,6 @@ def _dense_reason(module: nn.Module, owners: Counter[int], holders: Counter[int]
         return "its weight is shared with another module (tied)"
     if holders[id(module)] > 1:
         return "the module is registered under more than one path"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which a replacement would not run"
     return None

@@ -57,6 +57,8 @@ class TraceRecord:
         sizes: What was assumed about the sizes of the arguments.
         linears: The linear layers at the time of tracing, by path; later replacements do not change it.
         experts: Paths of the fused experts at the time of tracing.
+        hooks: Keys of the hooks that the trace ran through, so that what they do is in the graph.
+        verified: Forms of batches that broke a rule about sizes and on which the graph was found right all the same.
     """
 
     model: nn.Module
@@ -65,6 +67,8 @@ class TraceRecord:
     sizes: SizeRules
     linears: dict[str, LinearFacts]
     experts: frozenset[str]
+    hooks: frozenset[int] = frozenset()
+    verified: set[tuple[Any, ...]] = field(default_factory=set, repr=False)
     _analyses: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     def cached(self, name: str, graph: fx.Graph, compute: Callable[[], T]) -> T:
@@ -86,6 +90,15 @@ def record_of(gm: fx.GraphModule) -> TraceRecord:
     if not isinstance(record, TraceRecord):
         raise TypeError("Expected a GraphModule made by mpfx.graph.trace.")
     return record
+
+
+def traced_module(gm: fx.GraphModule) -> nn.Module:
+    """The user's own module, whose children the graph shares.
+
+    Raises:
+        TypeError: If the graph was not made by `trace`.
+    """
+    return record_of(gm).model
 
 
 def node_info(node: fx.Node) -> NodeInfo:

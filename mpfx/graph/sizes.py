@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +87,16 @@ class SizeRules:
     rules: tuple[sympy.Basic, ...]
     _accepted: set[tuple[int, ...]] = field(default_factory=set, repr=False)
 
-    def check(self, sizes: Mapping[sympy.Symbol, int]) -> None:
-        """Raise a ValueError naming the sizes where these break a rule."""
+    def check(self, sizes: Mapping[sympy.Symbol, int], compare: Callable[[], str | None]) -> None:
+        """Raise a ValueError naming the sizes where these break a rule.
+
+        That a size is not one is in a trace by necessity: PyTorch takes it for granted. So a size that breaks nothing
+        else may still be right, as where code broadcasts only what is not one already. There ``compare`` decides.
+
+        Args:
+            sizes: Of the call, by their symbols.
+            compare: Runs model and graph on the batch in question; says what speaks against the graph.
+        """
         key = tuple(sizes.get(symbol, -1) for symbol in self.names)
         if key in self._accepted:
             return
@@ -96,16 +104,26 @@ class SizeRules:
             if size < 1:
                 raise ValueError(f"Expected `{self.names[symbol]}` to be 1 or more but got {size}.")
         values = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
-        for rule in self.rules:
-            if rule.xreplace(values) == sympy.false:
-                raise ValueError(self._message(rule, sizes))
-        self._accepted.add(key)
+        broken = [rule for rule in self.rules if rule.xreplace(values) == sympy.false]
+        if not broken:
+            self._accepted.add(key)
+        elif others := [rule for rule in broken if not _excludes_one_only(rule)]:
+            advice = "Trace the module on a batch of this kind."
+            raise ValueError(f"{self._message(others[0], sizes)}. {advice}")
+        elif problem := compare():
+            advice = "Use sizes of two or more, as a trace cannot have one as a dynamic size."
+            raise ValueError(f"{self._message(broken[0], sizes)}: {problem}. {advice}")
 
     def _message(self, rule: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> str:
         symbols = sorted(rule.free_symbols & sizes.keys(), key=str)
         got = ", ".join(f"`{self.names[s]}` = {sizes[s]}" for s in symbols)
         readable = rule.xreplace({s: sympy.Symbol(name) for s, name in self.names.items()})
-        return (
-            f"Expected sizes with {readable}, as the branches taken while tracing need them, but got {got}. "
-            "Trace the module on a batch of this kind."
-        )
+        return f"Expected sizes with {readable}, as the branches taken while tracing need them, but got {got}"
+
+
+def _excludes_one_only(rule: sympy.Basic) -> bool:
+    """Whether the rule says of one size that it is not one, in any of the forms that SymPy gives this."""
+    if len(rule.free_symbols) != 1:
+        return False
+    (size,) = rule.free_symbols
+    return rule in (sympy.Ne(size, 1), size > 1, size >= 2)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from collections import UserDict
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph.calls import (
-    PLAIN_TYPES,
     Fixed,
     TensorSpec,
     TracedCall,
     has_tensor,
-    holds_tensor,
     leaves,
     map_leaves,
     name_arguments,
+    private_copy,
+    result_tensors,
     tensors_in,
 )
 from mpfx.graph.compat import (
@@ -30,12 +27,13 @@ from mpfx.graph.compat import (
     python_dispatcher,
     symbolic_expression,
 )
-from mpfx.graph.errors import TraceError, UnsupportedCodeError, trace_error
-from mpfx.graph.isolation import module_calls_through, undisturbed
+from mpfx.graph.errors import TraceError, trace_error
+from mpfx.graph.isolation import hook_keys, module_calls_through, undisturbed
 from mpfx.graph.linear import describe_linears, is_experts, is_leaf, is_linear
 from mpfx.graph.live import META_KEY, TraceRecord, live_module, node_info, record_of
 from mpfx.graph.recorder import Recorder
 from mpfx.graph.sizes import SizeRules
+from mpfx.graph.verify import failed_comparison
 
 
 def trace(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
@@ -74,6 +72,7 @@ def trace(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
         call=call,
         sizes=SizeRules(_symbol_names(call), recorder.env.rules()),
         linears=describe_linears(module, recorder.direct_weight_uses),
+        hooks=hook_keys(module, without=leaf_modules),
         experts=frozenset(path for path, m in module.named_modules() if path and is_experts(m)),
     )
     call.forget_tensors()
@@ -91,26 +90,32 @@ def bind_inputs(
 
     Raises:
         TypeError: If the arguments do not fit the module's forward, or a traced one is missing.
-        ValueError: If they break what the trace assumed: a size, a type, a flag.
+        ValueError: If they break what the trace assumed: a size, a type, a flag. Where this is only that a size is
+            not one, model and graph run once on the batch, and it is refused if their results differ.
     """
-    record = record_of(gm)
-    values = name_arguments(record.call.signature, args, kwargs or {})
+    values = name_arguments(record_of(gm).call.signature, args, kwargs or {})
     env = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         name = str(node.target)
         if name not in values and not node.args:
             raise TypeError(f"Expected the argument `{name}`, which the traced call had.")
         env[name] = values[name] if name in values else node.args[0]
-    record.call.check({**env, **values}, record.sizes)
+    _check(gm, {**env, **values})
     return env
 
 
 def _check_call(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a traced graph: what the trace assumed must hold."""
     assert isinstance(gm, fx.GraphModule)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    defaults = {str(node.target): node.args[0] for node in inputs if node.args}
+    given = zip((str(node.target) for node in inputs), args, strict=False)
+    _check(gm, {**defaults, **dict(given), **kwargs})
+
+
+def _check(gm: fx.GraphModule, values: Mapping[str, Any]) -> None:
     record = record_of(gm)
-    names = (str(node.target) for node in gm.graph.find_nodes(op="placeholder"))
-    record.call.check({**dict(zip(names, args, strict=False)), **kwargs}, record.sizes)
+    record.call.check(values, record.sizes, lambda: failed_comparison(gm, record, values))
 
 
 def _record(module: nn.Module, call: TracedCall, recorder: Recorder) -> None:
@@ -131,7 +136,7 @@ def _record(module: nn.Module, call: TracedCall, recorder: Recorder) -> None:
             recorder,
         ):
             result = module(*positional, **keywords)
-        recorder.output(_result_tensors(result))
+        recorder.output(result_tensors(result))
     except TraceError:
         raise
     except Exception as error:  # whatever it is, it is reported with the place where it happened
@@ -146,7 +151,7 @@ def _fake_arguments(call: TracedCall, mode: FakeTensorMode) -> dict[str, Any]:
     def fake(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             call.specs[path] = Fixed(leaf)
-            return _private_copy(path, leaf)
+            return private_copy(path, leaf)
         # A fresh tensor of the same form, as the caller's may be an inference tensor or a view.
         shape = [2 if widen and dim == 0 and size == 1 else size for dim, size in enumerate(leaf.shape)]
         faked = dynamic_fake(mode, torch.empty(shape, dtype=leaf.dtype, device=leaf.device))
@@ -166,22 +171,6 @@ def _has_batch_of_one(values: Mapping[str, Any]) -> bool:
     return all(t.shape[0] == 1 for t in batched)
 
 
-def _private_copy(path: str, value: Any) -> Any:
-    """A copy that the forward may fill with fake tensors.
-
-    Raises:
-        TraceError: If the object holds tensors, which would become constants of the graph.
-    """
-    if isinstance(value, (*PLAIN_TYPES, nn.Module)) or callable(value):
-        return value
-    if holds_tensor(value):
-        raise TraceError(
-            f"The argument `{path}` is a {type(value).__name__} that holds tensors, which a graph cannot take as "
-            "input. What to change: pass tensors, or lists and dicts of tensors; leave filled caches out."
-        )
-    return copy.deepcopy(value)
-
-
 def _symbol_names(call: TracedCall) -> dict[Any, str]:
     return {
         size: f"{path}.shape[{dim}]"
@@ -190,26 +179,6 @@ def _symbol_names(call: TracedCall) -> dict[Any, str]:
         for dim, size in enumerate(spec.sizes)
         if not isinstance(size, int)
     }
-
-
-def _result_tensors(result: Any) -> Any:
-    tensors = _only_tensors(result)
-    if tensors is None:
-        raise UnsupportedCodeError("the forward returns no tensor", "trace a module that returns tensors")
-    return tensors
-
-
-def _only_tensors(value: Any) -> Any:
-    """The tensors of a result in their nesting, None where there are none."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(kept for item in value if (kept := _only_tensors(item)) is not None) or None
-    if is_dataclass(value) and not isinstance(value, dict):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, (dict, UserDict)):
-        return {key: kept for key, item in value.items() if (kept := _only_tensors(item)) is not None} or None
-    return None
 
 
 def _remove_dead_nodes(graph: fx.Graph) -> None:

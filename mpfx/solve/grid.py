@@ -31,7 +31,7 @@ class GridConfig:
     def __post_init__(self) -> None:
         if self.group_size is not None and (self.group_size < 32 or self.group_size % 32):
             raise ValueError(
-                f"Expected `group_size` to be null or a positive multiple of 32 but got {self.group_size}."
+                f"Expected `grid.group_size` to be null or a positive multiple of 32 but got {self.group_size}."
             )
 
 

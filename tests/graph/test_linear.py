@@ -109,6 +109,17 @@ def test_computed_weight_stays_dense() -> None:
     assert reasons["2"] is None
 
 
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_linear_with_forward_hooks_stays_dense(kind: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    handle = getattr(module[0], kind)(lambda *_: None)
+    reasons = dense_reasons(module, torch.randn(2, 4))
+    assert "forward hooks" in str(reasons["0"])
+    assert reasons["2"] is None
+    handle.remove()
+    assert dense_reasons(module, torch.randn(2, 4)) == {"0": None, "2": None}
+
+
 def test_projection_of_multihead_attention_is_no_site() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     gm, x = trace(layer, (torch.randn(2, 5, 8),)), torch.randn(3, 7, 8)
