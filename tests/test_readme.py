@@ -26,7 +26,11 @@ def test_ci_runs_the_two_commands() -> None:
     assert all(f"\n{command}\n" in run for command in commands)
 
 
-@pytest.mark.parametrize("code", [c for c in blocks("python") if "smollm2" not in c and "load_dataset" not in c], ids=lambda c: c.splitlines()[-1])
+@pytest.mark.parametrize(
+    "code",
+    [c for c in blocks("python") if "smollm2" not in c and "load_dataset" not in c],
+    ids=lambda c: c.splitlines()[-1],
+)
 def test_code_runs(code: str, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

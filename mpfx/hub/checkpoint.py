@@ -2,17 +2,19 @@
 
 ``model.safetensors`` holds, little-endian, for every packed site ``<path>.codes``, ``.scales``, ``.widths`` and
 where they exist ``.zeros``, ``.mask`` and ``.bias`` (see :class:`mpfx.nn.PackedWeight`), every permutation once as
-``permutation.<k>``, all other parameters and persistent buffers of the model under their own names, and floating
+``mpfx:permutation:<k>``, all other parameters and persistent buffers of the model under their own names, and floating
 buffers that its state dict leaves out (rotary tables, whose dtype depends on the model's history) as
-``buffer.<name>``. ``mpfx.json`` is the manifest: format version, the packed sites with their sizes, which tensors
-share memory, and anything the caller adds. It is written last, so a folder with a manifest is whole. Beside them
-lies whatever the model's own library needs (config, tokenizer).
+``mpfx:buffer:<name>``. ``mpfx.json`` is the manifest: format version, the packed sites with their sizes, which
+tensors share memory, and anything the caller adds. It is put in place last, so a folder with a manifest is whole.
+Beside them lies whatever the model's own library needs (config, tokenizer).
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +23,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpfx.nn import SEGMENT, Layout, MixedPrecisionLinear, PackedWeight, validate
+from mpfx.graph import is_linear, linear_weight
+from mpfx.hub.manifest import (
+    BUFFER,
+    DTYPES,
+    FLOATS,
+    MANIFEST,
+    PARTS,
+    PERMUTATION,
+    RESERVED,
+    WEIGHTS,
+    CheckpointError,
+    Header,
+    Manifest,
+    SiteEntry,
+    TensorInfo,
+    check_header,
+    inside,
+    parse_manifest,
+    read_header,
+    read_manifest,
+)
+from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = "mpfx"
-VERSION = 1
-MANIFEST = "mpfx.json"
-WEIGHTS = "model.safetensors"
+__all__ = ["MANIFEST", "WEIGHTS", "CheckpointError", "load", "packed_sites", "save", "tensor_bytes"]
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: what is wrong and where."""
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 
 def save(
@@ -45,11 +63,12 @@ def save(
 ) -> int:
     """Write a model with packed modules to a folder.
 
-    A transformers model also gets its config and generation config, and its tokenizer if one is given.
+    A transformers model also gets its config and generation config, and its tokenizer if one is given. Every file is
+    written whole before the first one of an earlier checkpoint is replaced: if that fails, the earlier one stands.
 
     Args:
         model: any module; its :class:`mpfx.nn.MixedPrecisionLinear` are stored packed, all else as it is.
-        path: folder; made if needed. Files of the same names are replaced, each at once.
+        path: folder; made if needed. An earlier checkpoint in it is replaced.
         tokenizer: to store along.
         extra: plain data for the manifest, under "extra".
 
@@ -57,30 +76,32 @@ def save(
         Bytes of the weight tensors in the file.
 
     Raises:
-        ValueError: if the model holds no packed module.
+        ValueError: if the model holds no packed module or something that no checkpoint can hold, or if the folder
+            holds a model that is not an mpfx checkpoint.
     """
-    sites = dict(packed_sites(model))
-    if not sites:
-        raise ValueError("Expected a model with packed modules but found none: compress it first.")
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # until the new one stands, the folder is not a checkpoint
-    tensors, manifest = _collect(model, sites)
-    _replace(folder / WEIGHTS, lambda target: save_file(tensors, target, metadata={"format": "pt"}))
-    if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
-        _save_skeleton(model, folder)
-        manifest["library"] = "transformers"
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    manifest["extra"] = dict(extra or {})
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    _replace(folder / MANIFEST, lambda target: Path(target).write_text(text, encoding="utf-8"))
+    sites = dict(packed_sites(model))
+    _check_savable(model, sites, folder)
+    tensors, manifest = _collect(model, sites, folder)
+    tensors = _apart({name: _plain(tensor) for name, tensor in tensors.items()})
+    text = manifest.dumps(extra or {})
+    parse_manifest(folder, text)  # nothing is written that could not be loaded
+    check_header(manifest, {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    _check_values(sites)
+    with _staging(folder) as staged:
+        _write_weights(tensors, staged / WEIGHTS)
+        if manifest.library is not None:
+            _save_skeleton(model, staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staged))
+        (staged / MANIFEST).write_text(text, encoding="utf-8")
+        _swap(staged, folder)
     return sum(t.nbytes for t in tensors.values())
 
 
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all weight tensors of a model as a checkpoint holds them: shared ones once."""
-    return sum(t.nbytes for t in _collect(model, dict(packed_sites(model)))[0].values())
+    return sum(t.nbytes for t in _collect(model, dict(packed_sites(model)), Path())[0].values())
 
 
 def packed_sites(model: nn.Module) -> Iterator[tuple[str, MixedPrecisionLinear]]:
@@ -88,44 +109,133 @@ def packed_sites(model: nn.Module) -> Iterator[tuple[str, MixedPrecisionLinear]]
     return ((name, m) for name, m in model.named_modules() if isinstance(m, MixedPrecisionLinear))
 
 
-def _collect(model: nn.Module, sites: Mapping[str, MixedPrecisionLinear]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors for the file and the manifest that explains them."""
-    tensors: dict[str, Tensor] = {}
-    permutations: dict[bytes, int] = {}
-    entries: dict[str, Any] = {}
+def _check_savable(model: nn.Module, sites: Mapping[str, nn.Module], folder: Path) -> None:
+    if not sites:
+        raise ValueError("Expected a model with packed modules but found none: compress it first.")
+    if "" in sites:
+        raise ValueError("Expected a model with packed modules but got a packed module itself: wrap it in a model.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise ValueError(f"Expected a dense tensor with values but {name} is {tensor.layout} on {tensor.device}.")
+    found = [name for name in (WEIGHTS, _CONFIG) if (folder / name).exists()]
+    if found and not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"Expected `path` to be a new folder or an mpfx checkpoint but {str(folder)!r} holds {', '.join(found)} "
+            f"without {MANIFEST}: another model, or a save that was cut off. Name another folder, or remove them first."
+        )
+
+
+def _check_values(sites: Mapping[str, MixedPrecisionLinear]) -> None:
+    """Refuse values that :func:`load` would refuse."""
     for path, module in sites.items():
-        entries[path] = {
-            "in_features": module.in_features,
-            "out_features": module.out_features,
-            "group_size": module.layout.group_size,
-            "dtype": str(module.weight_dtype).removeprefix("torch."),
-            "permutation": None,
-        }
-        if module.permutation is not None:
-            order = module.permutation.cpu().contiguous()
-            index = permutations.setdefault(order.view(torch.uint8).numpy().tobytes(), len(permutations))
-            entries[path]["permutation"] = index
-            tensors[f"permutation.{index}"] = order
+        try:
+            validate(module.packed)
+            if module.permutation is not None:
+                _check_order(module.permutation.cpu(), module.in_features, "permutation")
+        except ValueError as error:
+            raise ValueError(f"site {path} cannot be saved: {error}") from error
+
+
+def _collect(
+    model: nn.Module, sites: Mapping[str, MixedPrecisionLinear], folder: Path
+) -> tuple[dict[str, Tensor], Manifest]:
+    """Tensors for the file, wherever they are now, and the manifest that explains them."""
+    tensors: dict[str, Tensor] = {}
+    permutations: dict[tuple[torch.dtype, bytes], int] = {}
+    entries: dict[str, SiteEntry] = {}
+    for path, module in sites.items():
+        entries[path] = _entry(module)
+        state = module.state_dict(prefix=f"{path}.")
+        order = state.pop(f"{path}.permutation", None)
+        tensors |= state
+        if order is not None:
+            content = order.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            index = permutations.setdefault((order.dtype, content), len(permutations))
+            entries[path] = replace(entries[path], permutation=index)
+            tensors[f"{PERMUTATION}{index}"] = order
+    outside, tied = _untie(_dense_tensors(model, _paths(model, sites)))
+    library = "transformers" if hasattr(getattr(model, "config", None), "save_pretrained") else None
+    return tensors | outside, Manifest(folder, entries, tied, library)
+
+
+def _entry(module: MixedPrecisionLinear) -> SiteEntry:
+    dtype = str(module.weight_dtype).removeprefix("torch.")
+    return SiteEntry(module.in_features, module.out_features, module.layout.group_size, dtype, None)
+
+
+def _paths(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Every path under which the modules can be found, with the one that names it."""
+    known = {id(module): path for path, module in modules.items()}
+    return {p: known[id(m)] for p, m in model.named_modules(remove_duplicate=False) if id(m) in known}
+
+
+def _dense_tensors(model: nn.Module, sites: Iterable[str]) -> dict[str, Tensor]:
+    """All that a checkpoint holds of a model beside its packed sites, by its name in the file.
+
+    Raises:
+        ValueError: for names or values that a checkpoint cannot hold.
+    """
+    state, below = model.state_dict(), inside(sites)
+    buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}
+    unsaved = {f"{BUFFER}{n}": b for n, b in buffers.items() if b.numel() and b.is_floating_point()}
+    kept = {n: t for n, t in state.items() if not n.startswith(below)}
+    for name, value in state.items():
+        if name.startswith(RESERVED):
+            raise ValueError(f"Expected no name that begins with {RESERVED} but got {name}: rename that child.")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"Expected tensors in the state dict but {name} is {type(value).__name__}.")
+    return kept | {n: b for n, b in unsaved.items() if not n.removeprefix(BUFFER).startswith(below)}
+
+
+def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors without those that are another one over again, and which one each of these is."""
+    first: dict[Any, str] = {}
     tied: dict[str, str] = {}
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[2] == "permutation" and name.rpartition(".")[0] in sites:
-            continue
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and (original := first.setdefault(key, name)) != name:
+    for name, tensor in tensors.items():
+        if tensor.numel() and (original := first.setdefault(_memory(tensor), name)) != name:
             tied[name] = original
-        else:
-            tensors[name] = tensor.detach().cpu().contiguous()
-    for name, buffer in unsaved_buffers(model).items():
-        tensors[f"buffer.{name}"] = buffer.detach().cpu().contiguous()
-    manifest = {"format": FORMAT, "version": VERSION, "segment": SEGMENT, "sites": entries, "tied": tied}
-    return tensors, manifest
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
 
 
-def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Floating buffers that the state dict leaves out, by name."""
-    saved = set(model.state_dict())
-    return {n: b for n, b in model.named_buffers() if n not in saved and b.numel() and b.is_floating_point()}
+def _memory(tensor: Tensor) -> Any:
+    """What two tensors have in common if they are one and the same."""
+    place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    return (*place, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(f"Expected tensors of {list(DTYPES)} but got {tensor.dtype}.")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what overlaps with another tensor: the file format knows no shared memory."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            tensors[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return tensors
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder inside the folder, for new files until all of them are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".mpfx-", dir=folder))
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _write_weights(tensors: dict[str, Tensor], target: Path) -> None:
+    target.touch()
+    mode = target.stat().st_mode  # what the user's umask makes of a new file; the writer may be stricter
+    save_file(tensors, str(target), metadata={"format": "pt"})
+    target.chmod(mode)
+    _flush(target)
 
 
 def _save_skeleton(model: Any, folder: Path) -> None:
@@ -134,19 +244,43 @@ def _save_skeleton(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(str(folder))
 
 
-def _replace(target: Path, write: Any) -> None:
-    """Write to a temporary name beside the target, flush it to the disk, then rename: never half a file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def _swap(staged: Path, folder: Path) -> None:
+    """Put the new files in the place of the old ones; in between, no manifest says that the folder is whole."""
+    new = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
+    for name in new:
+        _flush(staged / name)
+    manifest, old = folder / MANIFEST, staged / "old"
+    if earlier := manifest.exists():
+        manifest.replace(old)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask makes of a new file; some writers are stricter
-        write(str(temporary))
-        temporary.chmod(mode)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        (staged / WEIGHTS).replace(folder / WEIGHTS)
+    except OSError:  # nothing is lost yet: some systems refuse while another process reads the file
+        if earlier:
+            old.replace(manifest)
+        raise
+    if earlier:
+        (folder / _GENERATION).unlink(missing_ok=True)  # the new model may have none
+    for name in new:
+        if name not in (Path(WEIGHTS), Path(MANIFEST)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).replace(folder / name)
+    _flush_folder(folder)
+    (staged / MANIFEST).replace(manifest)
+    _flush_folder(folder)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -155,74 +289,31 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: the folder.
         model: an instance of the model's class to fill, for modules that are not from transformers; its weights are
-            replaced. A transformers model is built from the folder's config (code from the folder is never run).
+            replaced, or left as they are if the checkpoint cannot be loaded. A transformers model is built from the
+            folder's config (code from the folder is never run).
 
     Returns:
         The model in eval mode, on the CPU.
 
     Raises:
-        FileNotFoundError: if the folder or one of its files is missing.
+        FileNotFoundError: if the folder or one of mpfx's two files is missing.
         CheckpointError: if a file is damaged, of another version, or does not fit the model.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     with _open_weights(folder) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        header = read_header(file, manifest.weights)
+        check_header(manifest, header)
         skeleton = _skeleton(folder, manifest) if model is None else model
-        _check_names(skeleton, manifest, shapes)
-        modules = {s: _site(file, s, entry, skeleton.get_submodule(s)) for s, entry in manifest.sites.items()}
-        for site, module in modules.items():
-            skeleton.set_submodule(site, module)
-        _fill(skeleton, file, manifest)
+        paths = _check_modules(skeleton, manifest, header)
+        _check_tensors(_dense_tensors(skeleton, paths), manifest, header)
+        modules = _read_sites(file, manifest)
+        state = _read_dense(file, manifest, header)
+    with _all_or_nothing(skeleton):
+        for site, original in paths.items():
+            skeleton.set_submodule(site, modules[original])
+        _fill(skeleton, state, manifest)
     return skeleton.eval()
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    path: Path
-    sites: Mapping[str, Mapping[str, Any]]
-    tied: Mapping[str, str]
-    library: str | None
-
-
-def _read_manifest(folder: Path) -> _Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {MANIFEST}: not an mpfx checkpoint, or one whose saving did not finish."
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        name, version = data["format"], data["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a manifest of mpfx: {error!r}.") from error
-    if name != FORMAT or version != VERSION:
-        raise CheckpointError(f"Expected {path} to be {FORMAT} version {VERSION} but got {name} version {version}.")
-    if (
-        data.get("segment") != SEGMENT
-        or not isinstance(data.get("sites"), dict)
-        or not isinstance(data.get("tied"), dict)
-    ):
-        raise CheckpointError(f"{path} lacks or misstates `segment`, `sites` or `tied` of version {VERSION}.")
-    for site, entry in data["sites"].items():
-        if not _is_entry(entry):
-            raise CheckpointError(f"{path} lacks or misstates a field of site {site}: {entry}.")
-    if not all(isinstance(name, str) for name in data["tied"].values()):
-        raise CheckpointError(f"{path} misstates `tied`: expected names of tensors.")
-    return _Manifest(path, data["sites"], data["tied"], data.get("library"))
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether what a manifest says of a site is what a manifest may say."""
-    if not isinstance(entry, dict):
-        return False
-    sizes = [entry.get("in_features"), entry.get("out_features")]
-    optional = [entry.get("group_size"), entry.get("permutation")]
-    return (
-        all(isinstance(size, int) and size > 0 for size in sizes)
-        and all(number is None or (isinstance(number, int) and number >= 0) for number in optional)
-        and isinstance(getattr(torch, str(entry.get("dtype")), None), torch.dtype)
-    )
 
 
 def _open_weights(folder: Path) -> Any:
@@ -235,107 +326,178 @@ def _open_weights(folder: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
 
 
-def _skeleton(folder: Path, manifest: _Manifest) -> nn.Module:
+def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
     if manifest.library != "transformers":
         raise CheckpointError(
             f"{folder} holds a module that is not from transformers: build it and call mpfx.load(path, model=...)."
         )
+    if not (folder / _CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {_CONFIG}, which a model from transformers is built from.")
+    try:
+        return _build(folder)
+    except Exception as error:  # model code raises whatever an odd config makes it stumble over
+        raise CheckpointError(
+            f"{folder}: no model can be built from its {_CONFIG} and {_GENERATION}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _build(folder: Path) -> nn.Module:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary tables) are computed for real
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
+    if (folder / _GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)  # type: ignore[assignment]
     return model
 
 
-def _check_names(skeleton: nn.Module, manifest: _Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the file's names and sizes with the model's before anything is read or replaced."""
-    modules = dict(skeleton.named_modules())
+def _check_modules(skeleton: nn.Module, manifest: Manifest, header: Header) -> dict[str, str]:
+    """Check that every site is a linear layer of the same sizes; return every path of each, with its site."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
     if unknown := sorted(set(manifest.sites) - set(modules)):
         raise CheckpointError(f"{manifest.path} names sites that {type(skeleton).__name__} lacks: {unknown[:5]}.")
-    inside = tuple(f"{site}." for site in manifest.sites)
-    wanted = {n: tuple(t.shape) for n, t in skeleton.state_dict().items() if not n.startswith(inside)}
-    wanted |= {f"buffer.{n}": tuple(b.shape) for n, b in unsaved_buffers(skeleton).items()}
-    found = {n: s for n, s in shapes.items() if not n.startswith((*inside, "permutation."))}
-    found |= {n: shapes[o] for n, o in manifest.tied.items() if o in shapes and not n.startswith(inside)}
+    for site, entry in manifest.sites.items():
+        _check_module(f"{manifest.path}, site {site}", entry, modules[site], f"{site}.bias" in header)
+    paths = _paths(skeleton, {site: modules[site] for site in manifest.sites})
+    if twice := sorted(set(manifest.sites) - set(paths.values())):
+        raise CheckpointError(f"{manifest.path}: sites {twice[:5]} are the same modules as other sites of the model.")
+    packed = {name for name, module in modules.items() if isinstance(module, MixedPrecisionLinear)}
+    if unlisted := sorted(packed - set(paths)):
+        raise CheckpointError(f"{manifest.path} lacks sites that are packed in the given model: {unlisted[:5]}.")
+    return paths
+
+
+def _check_module(where: str, entry: SiteEntry, module: nn.Module, bias: bool) -> None:
+    if isinstance(module, MixedPrecisionLinear):
+        sizes: tuple[int, ...] = (module.out_features, module.in_features)
+    elif is_linear(module):
+        sizes = tuple(linear_weight(module).shape)
+    else:
+        raise CheckpointError(f"{where}: expected a linear layer but the model has a {type(module).__name__} there.")
+    found = (entry.out_features, entry.in_features)
+    if found != sizes:
+        raise CheckpointError(f"{where}: expected the layer's sizes (out, in), {sizes}, but got {found}.")
+    if bias != (getattr(module, "bias", None) is not None):
+        owner, other = ("file", "model") if bias else ("model", "file")
+        raise CheckpointError(f"{where}: the {owner} has a bias where the {other} has none.")
+
+
+def _check_tensors(dense: Mapping[str, Tensor], manifest: Manifest, header: Header) -> None:
+    """Compare names, sizes and dtypes outside the packed sites with the model's."""
+    below = (*inside(manifest.sites), PERMUTATION)
+    found = {name: info for name, info in header.items() if not name.startswith(below)}
+    found |= {name: header[original] for name, original in manifest.tied.items()}
+    wanted = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in dense.items()}
     if lacking := sorted(set(wanted) - set(found)):
-        raise CheckpointError(f"{manifest.path.parent / WEIGHTS} lacks {lacking[:5]} of {type(skeleton).__name__}.")
+        raise CheckpointError(f"{manifest.weights} lacks {lacking[:5]} of the model.")
     if extra := sorted(set(found) - set(wanted)):
-        raise CheckpointError(
-            f"{manifest.path.parent / WEIGHTS} holds {extra[:5]}, unknown to {type(skeleton).__name__}."
+        raise CheckpointError(f"{manifest.weights} or `tied` holds {extra[:5]}, unknown to the model.")
+    if odd := [f"{n}: {found[n]} instead of {wanted[n]}" for n in wanted if found[n].shape != wanted[n].shape]:
+        raise CheckpointError(f"{manifest.weights} holds other shapes than the model: {odd[:5]}.")
+    if odd := [f"{n}: {found[n]} instead of {wanted[n]}" for n in wanted if not _serves(found[n], wanted[n])]:
+        raise CheckpointError(f"{manifest.weights} holds other dtypes than the model: {odd[:5]}.")
+
+
+def _serves(found: TensorInfo, wanted: TensorInfo) -> bool:
+    """Whether a dtype may stand for another: floating ones may, as a model can be saved in half precision."""
+    return found.dtype == wanted.dtype or (wanted.dtype.is_floating_point and found.dtype in FLOATS)
+
+
+def _read_sites(file: Any, manifest: Manifest) -> dict[str, MixedPrecisionLinear]:
+    names, orders = set(file.keys()), _read_orders(file, manifest)
+    modules = {}
+    for site, entry in manifest.sites.items():
+        tensors = {p: _read(file, f"{site}.{p}", manifest) if f"{site}.{p}" in names else None for p in PARTS}
+        order = None if entry.permutation is None else orders[entry.permutation]
+        try:
+            modules[site] = _packed_module(entry, order, **tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{manifest.weights}, site {site}: {error}") from error
+    return modules
+
+
+def _read_orders(file: Any, manifest: Manifest) -> dict[int, Tensor]:
+    """Every permutation once: the sites of an input group share it."""
+    sizes = {e.permutation: e.in_features for e in manifest.sites.values() if e.permutation is not None}
+    orders = {}
+    for number, channels in sizes.items():
+        orders[number] = _read(file, f"{PERMUTATION}{number}", manifest)
+        try:
+            _check_order(orders[number], channels, f"{PERMUTATION}{number}")
+        except ValueError as error:
+            raise CheckpointError(f"{manifest.weights}: {error}") from error
+    return orders
+
+
+def _packed_module(
+    entry: SiteEntry, permutation: Tensor | None, *, bias: Tensor | None, **parts: Tensor | None
+) -> MixedPrecisionLinear:
+    codes, scales, widths = parts["codes"], parts["scales"], parts["widths"]
+    assert codes is not None  # the header was checked
+    assert scales is not None
+    assert widths is not None
+    layout = Layout(entry.in_features, tuple(widths.tolist()), entry.group_size)
+    weight = PackedWeight(codes, scales, parts["zeros"], parts["mask"], widths, layout)
+    validate(weight)
+    parameter = None if bias is None else nn.Parameter(bias)
+    return MixedPrecisionLinear(weight, permutation=permutation, bias=parameter, dtype=getattr(torch, entry.dtype))
+
+
+def _check_order(order: Tensor, channels: int, name: str) -> None:
+    if not torch.equal(order.long().sort().values, torch.arange(channels)):
+        raise ValueError(
+            f"Expected `{name}` to be a permutation: each of 0 .. {channels - 1} once, but some are lacking."
         )
-    if odd := [f"{n} {found[n]} instead of {wanted[n]}" for n in wanted if found[n] != wanted[n]]:
-        raise CheckpointError(f"{manifest.path.parent / WEIGHTS} holds other shapes than the model: {odd[:5]}.")
 
 
-def _site(file: Any, site: str, entry: Mapping[str, Any], dense: nn.Module) -> MixedPrecisionLinear:
-    names = set(file.keys())
-
-    def read(part: str) -> Tensor | None:
-        return file.get_tensor(f"{site}.{part}") if f"{site}.{part}" in names else None
-
+def _read(file: Any, name: str, manifest: Manifest) -> Tensor:
     try:
-        widths, codes, scales = read("widths"), read("codes"), read("scales")
-        if widths is None or codes is None or scales is None:
-            raise ValueError("`codes`, `scales` or `widths` is missing.")
-        layout = Layout(entry["in_features"], tuple(widths.tolist()), entry.get("group_size"))
-        weight = PackedWeight(codes, scales, read("zeros"), read("mask"), widths, layout)
-        validate(weight)
-        if weight.out_features != entry["out_features"]:
-            raise ValueError(f"Expected {entry['out_features']} rows but got {weight.out_features}.")
-        permutation = _read_permutation(file, entry)
-        bias = read("bias")
-        if (bias is None) != (getattr(dense, "bias", None) is None):
-            raise ValueError("the model has a bias where the file has none, or the other way round.")
-        if bias is not None and tuple(bias.shape) != (weight.out_features,):
-            raise ValueError(f"Expected a bias of {weight.out_features} but got shape {tuple(bias.shape)}.")
-    except ValueError as error:
-        raise CheckpointError(f"site {site}: {error}") from error
-    return MixedPrecisionLinear(
-        weight,
-        permutation=permutation,
-        bias=None if bias is None else nn.Parameter(bias),
-        dtype=getattr(torch, entry["dtype"]),
-    )
+        tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{manifest.weights} is damaged: {name} cannot be read: {error}.") from error
+    return tensor
 
 
-def _read_permutation(file: Any, entry: Mapping[str, Any]) -> Tensor | None:
-    if entry.get("permutation") is None:
-        return None
-    name = f"permutation.{entry['permutation']}"
-    if name not in file.keys():  # noqa: SIM118  (not a dict)
-        raise ValueError(f"`{name}` is missing.")
-    order: Tensor = file.get_tensor(name)
-    if not torch.equal(order.long().sort().values, torch.arange(entry["in_features"])):
-        raise ValueError(f"Expected `{name}` to be a permutation of {entry['in_features']} channels.")
-    return order
+def _read_dense(file: Any, manifest: Manifest, header: Header) -> dict[str, Tensor]:
+    below = (*inside(manifest.sites), PERMUTATION)
+    state = {name: _read(file, name, manifest) for name in header if not name.startswith(below)}
+    return state | {name: state[original] for name, original in manifest.tied.items()}
 
 
-def _fill(skeleton: nn.Module, file: Any, manifest: _Manifest) -> None:
-    inside = tuple(f"{site}." for site in manifest.sites)
-    names = [n for n in file.keys() if not n.startswith((*inside, "permutation."))]  # noqa: SIM118
-    state = {name: file.get_tensor(name) for name in names}
-    for name, original in manifest.tied.items():
-        if not name.startswith(inside):
-            state[name] = state[original]
-    for name in [name for name in state if name.startswith("buffer.")]:
-        path, _, leaf = name.removeprefix("buffer.").rpartition(".")
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give the model its own children and tensors back if the block fails."""
+    kinds = ("_modules", "_parameters", "_buffers")
+    before = [(module, {kind: dict(getattr(module, kind)) for kind in kinds}) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, members in before:
+            for kind, content in members.items():
+                getattr(module, kind).clear()
+                getattr(module, kind).update(content)
+        raise
+
+
+def _fill(skeleton: nn.Module, state: dict[str, Tensor], manifest: Manifest) -> None:
+    for name in [name for name in state if name.startswith(BUFFER)]:
+        path, _, leaf = name.removeprefix(BUFFER).rpartition(".")
         skeleton.get_submodule(path)._buffers[leaf] = state.pop(name)
-    skeleton.load_state_dict(state, strict=False, assign=True)
+    try:
+        unknown = skeleton.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:  # of a module with rules of its own
+        raise CheckpointError(f"{manifest.weights} does not fit the model: {error}") from error
+    if unknown:
+        raise CheckpointError(f"{manifest.weights} holds {unknown[:5]}, which the model does not take.")
     _tie(skeleton, manifest)
 
 
-def _tie(skeleton: nn.Module, manifest: _Manifest) -> None:
+def _tie(skeleton: nn.Module, manifest: Manifest) -> None:
     """Assigned parameters are distinct objects even over one tensor: share them as the saved model did."""
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     for name, original in manifest.tied.items():
-        path, _, leaf = name.rpartition(".")
-        owner = skeleton.get_submodule(path)
-        source = skeleton.get_submodule(original.rpartition(".")[0])
-        value = getattr(source, original.rpartition(".")[2])
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = value
+        if name in parameters and original in parameters:
+            path, _, leaf = name.rpartition(".")
+            skeleton.get_submodule(path)._parameters[leaf] = parameters[original]

@@ -233,23 +233,49 @@ def validate(packed: PackedWeight) -> None:
     """Check that the tensors of a packed weight fit its layout; for data from outside.
 
     Raises:
-        ValueError: naming the tensor, its shape and dtype, and what the layout asks for.
+        ValueError: naming the tensor, what it is, and what the layout asks for.
     """
-    layout, rows = packed.layout, packed.out_features
+    layout = packed.layout
     if layout.segment != SEGMENT:
         raise ValueError(f"Expected segments of {SEGMENT} channels but got {layout.segment}.")
-    kept = None
-    if packed.mask is not None:
-        _expect("mask", packed.mask, (rows, len(layout.widths)), torch.int32)
-        alive = unpack_codes(packed.mask, 1, layout.in_features)
-        kept = tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
+    _validate_widths(packed.widths, layout)
+    rows = _validate_scales(packed.scales, layout)
+    kept = None if packed.mask is None else _count_kept(packed.mask, rows, layout)
     size = stored_bytes(layout, rows, symmetric=packed.zeros is None, kept=kept)
-    columns = size.codes // 4 if packed.mask is not None else size.codes // 4 // rows
-    _expect("codes", packed.codes, (columns,) if packed.mask is not None else (rows, columns), torch.int32)
-    _expect("scales", packed.scales, (rows, len(_grids(layout))), torch.float16)
+    columns = size.codes // 4
+    _expect("codes", packed.codes, (rows, columns // rows) if kept is None else (columns,), torch.int32)
     if packed.zeros is not None:
         _expect("zeros", packed.zeros, (size.zeros // 4,), torch.int32)
-    _expect("widths", packed.widths, (len(layout.widths),), torch.uint8)
+
+
+def _validate_widths(widths: Tensor, layout: Layout) -> None:
+    _expect("widths", widths, (len(layout.widths),), torch.uint8)
+    if tuple(widths.tolist()) != layout.widths:
+        raise ValueError(f"Expected `widths` to be those of the layout, {layout.widths}, but got {widths.tolist()}.")
+
+
+def _validate_scales(scales: Tensor, layout: Layout) -> int:
+    """Check the scales; return the number of rows, which they tell."""
+    grids = len(_grids(layout))
+    if scales.dim() != 2 or scales.shape[0] < 1:
+        raise ValueError(
+            f"Expected `scales` to be of shape (rows, {grids}) with at least 1 row but got shape {tuple(scales.shape)}."
+        )
+    rows = scales.shape[0]
+    _expect("scales", scales, (rows, grids), torch.float16)
+    if wrong := int((~(scales.isfinite() & (scales >= 0))).sum()):
+        raise ValueError(
+            f"Expected `scales` to be finite and not negative but {wrong} of {scales.numel()} are negative, "
+            "infinite or NaN."
+        )
+    return rows
+
+
+def _count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
+    """Check the mask; return the surviving weights of every run."""
+    _expect("mask", mask, (rows, len(layout.widths)), torch.int32)
+    alive = unpack_codes(mask, 1, layout.in_features)
+    return tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

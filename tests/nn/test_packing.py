@@ -1,6 +1,7 @@
 """Packing: exact round trips, and the bits where the format says they are."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -112,11 +113,39 @@ def test_dequantized_values_by_hand() -> None:
         ("codes", lambda t: t.long()),
         ("scales", lambda t: t.float()),
         ("scales", lambda t: t[:, :-1]),
+        ("scales", lambda t: t[0, 0]),
+        ("scales", lambda t: t[0]),
+        ("scales", lambda t: t[:0]),
+        ("scales", torch.neg),
+        ("scales", lambda t: torch.full_like(t, float("nan"))),
+        ("scales", lambda t: torch.full_like(t, float("inf"))),
         ("zeros", lambda t: t[:-1]),
+        ("zeros", lambda t: t[None]),
         ("widths", lambda t: t[:-1]),
+        ("widths", lambda t: t[None]),
+        ("widths", lambda t: t[0]),
+        ("widths", lambda t: t.int()),
+        ("widths", lambda t: t + 1),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(field: str, change) -> None:  # type: ignore[no-untyped-def]
     packed = pack(random_weight(Layout(128, (4, 4, 3, 3), 64), 8))
     with pytest.raises(ValueError, match=f"Expected `{field}`"):
         validate(dataclasses.replace(packed, **{field: change(getattr(packed, field))}))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("rows", [0, 7, 9])
+def test_other_rows_are_refused(density: float, rows: int) -> None:
+    packed = pack(random_weight(Layout(128, (4, 4, 3, 3), 64), 8, density=density))
+    scales = torch.ones(rows, packed.scales.shape[1]).half()
+    with pytest.raises(ValueError, match=r"Expected `(scales|mask|codes)`"):
+        validate(dataclasses.replace(packed, scales=scales))
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:, :-1], lambda t: t.bool(), lambda t: t[0], torch.zeros_like])
+def test_a_mask_that_does_not_fit_is_refused(change: Callable[[Tensor], Tensor]) -> None:
+    packed = pack(random_weight(Layout(128, (4, 4, 3, 3), 64), 8, density=0.5))
+    assert packed.mask is not None
+    with pytest.raises(ValueError, match=r"Expected `(mask|codes)`"):
+        validate(dataclasses.replace(packed, mask=change(packed.mask)))
