@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mpfx
 from mpfx.callbacks import ModelCompression
-from mpfx.hub import checkpoint
+from mpfx.hub import loading, saving
 from mpfx.hub.checkpoint import CheckpointError, tensor_bytes
 from mpfx.lm import CausalLM
 from mpfx.nn import Layout, MixedPrecisionLinear, QuantizedWeight, pack, pack_permutation
@@ -155,7 +155,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_whole(
     elif fails == "manifest":
         monkeypatch.setattr(Path, "write_text", fail)
     elif fails != "tokenizer":
-        monkeypatch.setattr(checkpoint, fails, fail)
+        monkeypatch.setattr(saving, fails, fail)
     with pytest.raises((OSError, KeyboardInterrupt)):
         mpfx.save(packed, tmp_path, tokenizer=tokenizer)  # type: ignore[arg-type]
     monkeypatch.undo()
@@ -191,8 +191,8 @@ def test_between_two_checkpoints_no_manifest_says_whole(
 
 def test_what_is_written_is_on_the_disk(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(checkpoint, "_flush", lambda file: flushed.append(file.name))
-    monkeypatch.setattr(checkpoint, "_flush_folder", lambda folder: flushed.append("folder"))
+    monkeypatch.setattr(saving, "_flush", lambda file: flushed.append(file.name))
+    monkeypatch.setattr(saving, "_flush_folder", lambda folder: flushed.append("folder"))
     mpfx.save(packed, tmp_path)
     assert {"model.safetensors", "config.json", "mpfx.json"} <= set(flushed)
     assert flushed[0] == "model.safetensors"
@@ -580,7 +580,7 @@ def test_the_files_are_checked_before_a_model_is_built(
     packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mpfx.save(packed, tmp_path)
-    monkeypatch.setattr(checkpoint, "_skeleton", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(loading, "_skeleton", lambda *_: pytest.fail("built"))
     edit_weights(tmp_path, added("model.layers.0.mlp.up_proj.junk", torch.zeros(1)))
     with pytest.raises(CheckpointError, match=r"up_proj\.junk"):
         mpfx.load(tmp_path)

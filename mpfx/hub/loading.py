@@ -1,0 +1,244 @@
+"""Reading a checkpoint: everything is checked before anything is installed."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mpfx.graph import is_linear, linear_weight
+from mpfx.hub.contents import CONFIG, GENERATION, check_order, dense_tensors, paths_of
+from mpfx.hub.manifest import (
+    BUFFER,
+    FLOATS,
+    PARTS,
+    PERMUTATION,
+    WEIGHTS,
+    CheckpointError,
+    Header,
+    Manifest,
+    SiteEntry,
+    TensorInfo,
+    check_header,
+    inside,
+    read_header,
+    read_manifest,
+)
+from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, validate
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Load a checkpoint; its logits are bit for bit those of the model that was saved.
+
+    Args:
+        path: the folder.
+        model: an instance of the model's class to fill, for modules that are not from transformers; its weights are
+            replaced, or left as they are if the checkpoint cannot be loaded. A transformers model is built from the
+            folder's config (code from the folder is never run).
+
+    Returns:
+        The model in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: if the folder or one of mpfx's two files is missing.
+        CheckpointError: if a file is damaged, of another version, or does not fit the model.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    with _open_weights(folder) as file:
+        header = read_header(file, manifest.weights)
+        check_header(manifest, header)
+        skeleton = _skeleton(folder, manifest) if model is None else model
+        paths = _check_modules(skeleton, manifest, header)
+        _check_tensors(dense_tensors(skeleton, paths), manifest, header)
+        modules = _read_sites(file, manifest)
+        state = _read_dense(file, manifest, header)
+    with _all_or_nothing(skeleton):
+        for site, original in paths.items():
+            skeleton.set_submodule(site, modules[original])
+        _fill(skeleton, state, manifest)
+    return skeleton.eval()
+
+
+def _open_weights(folder: Path) -> Any:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}.")
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+
+
+def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
+    if manifest.library != "transformers":
+        raise CheckpointError(
+            f"{folder} holds a module that is not from transformers: build it and call mpfx.load(path, model=...)."
+        )
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG}, which a model from transformers is built from.")
+    try:
+        return _build(folder)
+    except Exception as error:  # model code raises whatever an odd config makes it stumble over
+        raise CheckpointError(
+            f"{folder}: no model can be built from its {CONFIG} and {GENERATION}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _build(folder: Path) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary tables) are computed for real
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)  # type: ignore[assignment]
+    return model
+
+
+def _check_modules(skeleton: nn.Module, manifest: Manifest, header: Header) -> dict[str, str]:
+    """Check that every site is a linear layer of the same sizes; return every path of each, with its site."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    if unknown := sorted(set(manifest.sites) - set(modules)):
+        raise CheckpointError(f"{manifest.path} names sites that {type(skeleton).__name__} lacks: {unknown[:5]}.")
+    for site, entry in manifest.sites.items():
+        _check_module(f"{manifest.path}, site {site}", entry, modules[site], f"{site}.bias" in header)
+    paths = paths_of(skeleton, {site: modules[site] for site in manifest.sites})
+    if twice := sorted(set(manifest.sites) - set(paths.values())):
+        raise CheckpointError(f"{manifest.path}: sites {twice[:5]} are the same modules as other sites of the model.")
+    packed = {name for name, module in modules.items() if isinstance(module, MixedPrecisionLinear)}
+    if unlisted := sorted(packed - set(paths)):
+        raise CheckpointError(f"{manifest.path} lacks sites that are packed in the given model: {unlisted[:5]}.")
+    return paths
+
+
+def _check_module(where: str, entry: SiteEntry, module: nn.Module, bias: bool) -> None:
+    if isinstance(module, MixedPrecisionLinear):
+        sizes: tuple[int, ...] = (module.out_features, module.in_features)
+    elif is_linear(module):
+        sizes = tuple(linear_weight(module).shape)
+    else:
+        raise CheckpointError(f"{where}: expected a linear layer but the model has a {type(module).__name__} there.")
+    found = (entry.out_features, entry.in_features)
+    if found != sizes:
+        raise CheckpointError(f"{where}: expected the layer's sizes (out, in), {sizes}, but got {found}.")
+    if bias != (getattr(module, "bias", None) is not None):
+        owner, other = ("file", "model") if bias else ("model", "file")
+        raise CheckpointError(f"{where}: the {owner} has a bias where the {other} has none.")
+
+
+def _check_tensors(dense: Mapping[str, Tensor], manifest: Manifest, header: Header) -> None:
+    """Compare names, sizes and dtypes outside the packed sites with the model's."""
+    below = (*inside(manifest.sites), PERMUTATION)
+    found = {name: info for name, info in header.items() if not name.startswith(below)}
+    found |= {name: header[original] for name, original in manifest.tied.items()}
+    wanted = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in dense.items()}
+    if lacking := sorted(set(wanted) - set(found)):
+        raise CheckpointError(f"{manifest.weights} lacks {lacking[:5]} of the model.")
+    if extra := sorted(set(found) - set(wanted)):
+        raise CheckpointError(f"{manifest.weights} or `tied` holds {extra[:5]}, unknown to the model.")
+    if odd := [f"{n}: {found[n]} instead of {wanted[n]}" for n in wanted if found[n].shape != wanted[n].shape]:
+        raise CheckpointError(f"{manifest.weights} holds other shapes than the model: {odd[:5]}.")
+    if odd := [f"{n}: {found[n]} instead of {wanted[n]}" for n in wanted if not _serves(found[n], wanted[n])]:
+        raise CheckpointError(f"{manifest.weights} holds other dtypes than the model: {odd[:5]}.")
+
+
+def _serves(found: TensorInfo, wanted: TensorInfo) -> bool:
+    """Whether a dtype may stand for another: floating ones may, as a model can be saved in half precision."""
+    return found.dtype == wanted.dtype or (wanted.dtype.is_floating_point and found.dtype in FLOATS)
+
+
+def _read_sites(file: Any, manifest: Manifest) -> dict[str, MixedPrecisionLinear]:
+    names, orders = set(file.keys()), _read_orders(file, manifest)
+    modules = {}
+    for site, entry in manifest.sites.items():
+        tensors = {p: _read(file, f"{site}.{p}", manifest) if f"{site}.{p}" in names else None for p in PARTS}
+        order = None if entry.permutation is None else orders[entry.permutation]
+        try:
+            modules[site] = _packed_module(entry, order, **tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{manifest.weights}, site {site}: {error}") from error
+    return modules
+
+
+def _read_orders(file: Any, manifest: Manifest) -> dict[int, Tensor]:
+    """Every permutation once: the sites of an input group share it."""
+    sizes = {e.permutation: e.in_features for e in manifest.sites.values() if e.permutation is not None}
+    orders = {}
+    for number, channels in sizes.items():
+        orders[number] = _read(file, f"{PERMUTATION}{number}", manifest)
+        try:
+            check_order(orders[number], channels, f"{PERMUTATION}{number}")
+        except ValueError as error:
+            raise CheckpointError(f"{manifest.weights}: {error}") from error
+    return orders
+
+
+def _packed_module(
+    entry: SiteEntry, permutation: Tensor | None, *, bias: Tensor | None, **parts: Tensor | None
+) -> MixedPrecisionLinear:
+    codes, scales, widths = parts["codes"], parts["scales"], parts["widths"]
+    assert codes is not None  # the header was checked
+    assert scales is not None
+    assert widths is not None
+    layout = Layout(entry.in_features, tuple(widths.tolist()), entry.group_size)
+    weight = PackedWeight(codes, scales, parts["zeros"], parts["mask"], widths, layout)
+    validate(weight)
+    parameter = None if bias is None else nn.Parameter(bias)
+    return MixedPrecisionLinear(weight, permutation=permutation, bias=parameter, dtype=getattr(torch, entry.dtype))
+
+
+def _read(file: Any, name: str, manifest: Manifest) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{manifest.weights} is damaged: {name} cannot be read: {error}.") from error
+    return tensor
+
+
+def _read_dense(file: Any, manifest: Manifest, header: Header) -> dict[str, Tensor]:
+    below = (*inside(manifest.sites), PERMUTATION)
+    state = {name: _read(file, name, manifest) for name in header if not name.startswith(below)}
+    return state | {name: state[original] for name, original in manifest.tied.items()}
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give the model its own children and tensors back if the block fails."""
+    kinds = ("_modules", "_parameters", "_buffers")
+    before = [(module, {kind: dict(getattr(module, kind)) for kind in kinds}) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, members in before:
+            for kind, content in members.items():
+                getattr(module, kind).clear()
+                getattr(module, kind).update(content)
+        raise
+
+
+def _fill(skeleton: nn.Module, state: dict[str, Tensor], manifest: Manifest) -> None:
+    for name in [name for name in state if name.startswith(BUFFER)]:
+        path, _, leaf = name.removeprefix(BUFFER).rpartition(".")
+        skeleton.get_submodule(path)._buffers[leaf] = state.pop(name)
+    try:
+        unknown = skeleton.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:  # of a module with rules of its own
+        raise CheckpointError(f"{manifest.weights} does not fit the model: {error}") from error
+    if unknown:
+        raise CheckpointError(f"{manifest.weights} holds {unknown[:5]}, which the model does not take.")
+    _tie(skeleton, manifest)
+
+
+def _tie(skeleton: nn.Module, manifest: Manifest) -> None:
+    """Assigned parameters are distinct objects even over one tensor: share them as the saved model did."""
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    for name, original in manifest.tied.items():
+        if name in parameters and original in parameters:
+            path, _, leaf = name.rpartition(".")
+            skeleton.get_submodule(path)._parameters[leaf] = parameters[original]
