@@ -242,6 +242,17 @@ def test_solving_leaves_the_model_alone_also_after_a_failure(llama: Any, batches
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in llama.modules())
 
 
+def test_progress_goes_from_block_to_block_to_the_end(llama: Any, batches: Batches) -> None:
+    gm = located_graph(llama, batches[0])
+    told: list[tuple[str, float]] = []
+    solve = PruneAndQuantize(bound(gm, batches), on_block=lambda name, share: told.append((name, share)))
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed"), {}), solve])
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert {"model.layers.0", "model.layers.1", "model.layers.2"} <= {name for name, _ in told}
+
+
 def test_activations_that_are_not_finite_name_the_sites(llama: Any, batches: Batches) -> None:
     with torch.no_grad():
         llama.model.layers[1].post_attention_layernorm.weight[0] = float("nan")
