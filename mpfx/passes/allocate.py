@@ -79,7 +79,10 @@ class Allocate:
     def _score(self, gm: fx.GraphModule, group: InputGroup) -> Tensor:
         weight = torch.cat([linear_weight(gm.get_submodule(s.path)).detach().float() for s in group.sites])
         moments = self.moments[group.name]
-        factor = factorise(moments.hessian, self.config.damping)
+        try:
+            factor = factorise(moments.hessian, self.config.damping)
+        except ValueError as error:
+            raise ValueError(f"sites {', '.join(site.path for site in group.sites)}: {error}") from error
         parts = signals(weight, moments, factor.inverse_diagonal)
         score = importance(parts, self.config.importance)
         for name, part in (*parts.items(), ("importance", score)):

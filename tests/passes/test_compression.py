@@ -263,6 +263,15 @@ def test_activations_that_are_not_finite_name_the_sites(llama: Any, batches: Bat
         )
 
 
+def test_statistics_that_are_not_finite_name_the_sites(llama: Any, batches: Batches) -> None:
+    with torch.no_grad():
+        llama.model.layers[1].post_attention_layernorm.weight[0] = float("nan")
+    gm = located_graph(llama, batches[0])
+    config = CompressionConfig(code_bits=4, allocation="budget")
+    with pytest.raises(PassError, match=r"sites model\.layers\.1.*gate_proj.*NaN or infinity"):
+        run_passes(gm, [Allocate(config, dense_moments(gm, batches))])
+
+
 def test_padding_does_not_count(llama: Any, batches: Batches) -> None:
     """A batch padded on the right gives the same plan and weights as the same texts without padding."""
     plain = [{"input_ids": b["input_ids"][:, :32], "attention_mask": torch.ones(4, 32).long()} for b in batches]
