@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [  # every import goes down; rooms of one floor may use each other one way only
+FLOORS = [  # every import goes down, none stays on its floor
     {"nn", "stats", "graph", "report", "lm"},
     {"solve"},
     {"allocate", "hub"},

@@ -80,6 +80,15 @@ def test_siblings_share_one_permutation(packed: Any, tmp_path: Path) -> None:
     assert len(set(attention)) == 1
 
 
+def test_a_compressed_head(llama: Any, batches: Batches, validate: Any, tmp_path: Path) -> None:
+    config = CompressionConfig(code_bits=4, compress_head=True)
+    validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
+    mpfx.save(llama, tmp_path)
+    loaded: Any = mpfx.load(tmp_path)
+    assert isinstance(loaded.lm_head, MixedPrecisionLinear)
+    assert torch.equal(loaded(**batches[0]).logits, llama(**batches[0]).logits)
+
+
 def test_half_precision_models(packed: Any, batches: Batches, tmp_path: Path) -> None:
     packed.to(torch.bfloat16)
     mpfx.save(packed, tmp_path)
