@@ -1,6 +1,6 @@
 """Watch a module during a validation loop: its real calls, and what its Linears read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpfx.graph import InputGroup, bind_inputs
-from mpfx.passes import observed, padding_mask
+from mpfx.passes import finalised, observed, padding_masks
 from mpfx.stats import Moments
 
 
@@ -35,7 +35,8 @@ class CallRecorder:
         self._prepare = prepare
         self._hooks = ExitStack()
         self._accumulators: dict[str, Any] = {}
-        self._mask: Tensor | None = None
+        self._groups: list[InputGroup] = []
+        self._masks: Mapping[str, Tensor] = {}
 
     def open(self) -> None:
         """Start to listen."""
@@ -48,8 +49,8 @@ class CallRecorder:
 
     def take_moments(self) -> dict[str, Moments]:
         """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
-        names = list(self._accumulators)
-        return {name: self._accumulators.pop(name).finalise() for name in names}
+        taken = finalised(self._accumulators, self._groups)
+        return {group.name: moments for group, moments, _ in taken if moments is not None}
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A validation loop runs in inference mode; what is recorded has to live on outside of it.
@@ -59,11 +60,11 @@ class CallRecorder:
                 self._start(args, kwargs)
             assert self.graph_module is not None
             values = bind_inputs(self.graph_module, args, kwargs)
-            self._mask = padding_mask(values)
+            self._masks = padding_masks(values)
             self.calls.append(pytree.tree_map_only(Tensor, lambda t: t.to("cpu"), values))
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.close()  # tracing calls the module: it must not record itself
-        self.graph_module, groups = self._prepare(args, kwargs)
+        self.graph_module, self._groups = self._prepare(args, kwargs)
         self.open()
-        self._accumulators = self._hooks.enter_context(observed(self.module, groups, lambda: self._mask))
+        self._accumulators = self._hooks.enter_context(observed(self.graph_module, self._groups, lambda: self._masks))

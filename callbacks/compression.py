@@ -1,6 +1,9 @@
 """Compress a model at the end of a validation loop over calibration data."""
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,14 +12,17 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from mpfx.callbacks.calibration import CallRecorder
-from mpfx.graph import InputGroup
+from mpfx.graph import InputGroup, bind_inputs, first_samples
 from mpfx.passes import (
     Allocate,
     CompressionConfig,
+    FoldPermutations,
+    FoldScales,
     Pack,
     Pass,
     PruneAndQuantize,
@@ -26,6 +32,15 @@ from mpfx.passes import (
     run_passes,
     solved_groups,
 )
+
+_STAGES = {
+    "FoldScales": "scale",
+    "Allocate": "allocate",
+    "PruneAndQuantize": "solve",
+    "Pack": "pack",
+    "FoldPermutations": "fold",
+}
+"""Names of the passes' times in reports."""
 
 
 class ModelCompression(Callback):
@@ -55,6 +70,7 @@ class ModelCompression(Callback):
         self.solved: tuple[SolvedGroup, ...] = ()
         self.graph_module: fx.GraphModule | None = None
         self._recorder: CallRecorder | None = None
+        self._way_back = ExitStack()  # of the user's own passes
         self._started = 0.0
 
     @property
@@ -70,7 +86,7 @@ class ModelCompression(Callback):
             raise ValueError(
                 f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
             )
-        self._recorder = CallRecorder(self._target(pl_module), self._prepare)
+        self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
         self._recorder.open()
         self._started = time.perf_counter()
 
@@ -78,7 +94,7 @@ class ModelCompression(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._recorder is None:
             return
-        recorder, self._recorder = self._recorder, None
+        recorder = self._recorder
         recorder.close()
         self.seconds["observe"] = time.perf_counter() - self._started - self.seconds.get("trace", 0.0)
         if recorder.graph_module is None:
@@ -87,8 +103,14 @@ class ModelCompression(Callback):
                 "nothing to trace: name the submodule that `validation_step` calls, as in "
                 "ModelCompression(config, module='model')."
             )
-        with torch.inference_mode(False), torch.no_grad(), self._bar(trainer) as bar:
-            self._compress(recorder, trainer, pl_module.device, bar)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), self._bar(trainer) as bar:
+                self._compress(recorder, trainer, pl_module.device, bar)
+        except BaseException:
+            self._drop()
+            raise
+        self._way_back.pop_all()  # from here on the changes stay, and the dense weights may go
+        self._recorder = None
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -104,6 +126,7 @@ class ModelCompression(Callback):
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
+        self._way_back.close()
 
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
         try:
@@ -115,12 +138,17 @@ class ModelCompression(Callback):
                 f"{self.module!r}; its children are {names}."
             ) from None
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
+    def _prepare(
+        self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[fx.GraphModule, list[InputGroup]]:
         assert self._recorder is not None
         started = time.perf_counter()
-        gm = located_graph(self._recorder.module, args, kwargs, self.config)
+        gm = located_graph(self._recorder.module, args, kwargs, self.config, whole)
         self.seconds["trace"] = time.perf_counter() - started
-        return gm, located(gm) if self.config.scored else []
+        if self.config.passes:
+            sample = first_samples(gm, bind_inputs(gm, args, kwargs))
+            gm = run_passes(gm, self.config.passes, [sample], seconds=self.seconds, way_back=self._way_back)
+        return gm, located(gm) if self.config.measured else []
 
     def _compress(self, recorder: CallRecorder, trainer: pl.Trainer, device: torch.device, bar: Progress) -> None:
         assert recorder.graph_module is not None
@@ -128,21 +156,29 @@ class ModelCompression(Callback):
         solve = PruneAndQuantize(
             recorder.calls,
             damping=self.config.damping,
+            strict=self.config.strict,
             device=device,
             context=trainer.precision_plugin.forward_context,
             on_block=lambda name, share: bar.update(task, completed=share, name=name),
         )
-        # The dense model's Hessians live until bits are allocated and no longer; solving makes its own, block by block.
-        gm = self._timed("allocate", recorder.graph_module, Allocate(self.config, recorder.take_moments()))
-        gm = self._timed("solve", gm, solve)
-        self.graph_module = self._timed("pack", gm, Pack())
-        self.solved = solved_groups(gm)
+        sample = first_samples(recorder.graph_module, recorder.calls[0])
+        sample = pytree.tree_map_only(Tensor, lambda t: t.to(device), sample)
+        seconds: dict[str, float] = {}
+        gm = run_passes(
+            recorder.graph_module, self._steps(recorder, solve), [sample], seconds=seconds, context=solve.context
+        )
+        self.seconds.update({_STAGES.get(name, name): value for name, value in seconds.items()})
+        self.graph_module, self.solved = gm, solved_groups(gm)
 
-    def _timed(self, name: str, gm: fx.GraphModule, step: Pass) -> fx.GraphModule:
-        started = time.perf_counter()
-        gm = run_passes(gm, [step])
-        self.seconds[name] = time.perf_counter() - started
-        return gm
+    def _steps(self, recorder: CallRecorder, solve: PruneAndQuantize) -> Iterator[Pass]:
+        moments = recorder.take_moments()
+        yield Allocate(self.config, moments)
+        if self.config.scaled:
+            yield FoldScales(moments)
+        moments.clear()  # the dense model's Hessians are large, and solving makes its own, block by block
+        yield solve
+        yield Pack()
+        yield FoldPermutations()
 
     def _bar(self, trainer: pl.Trainer) -> Progress:
         shown = self.progress and trainer.progress_bar_callback is not None and trainer.is_global_zero

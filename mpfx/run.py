@@ -13,12 +13,13 @@ from rich.console import Console
 
 from mpfx.callbacks import ModelCompression
 from mpfx.config import REPORT, RunConfig, TrainerConfig
+from mpfx.graph import opaque_parts
 from mpfx.hub.checkpoint import MANIFEST, load, save, tensor_bytes
 from mpfx.hub.source import Source, load_model
 from mpfx.lm import CausalLM, EvaluationData, TextDataModule, make_trainer
 from mpfx.lm import evaluate as validate
 from mpfx.lm.module import model_inputs
-from mpfx.passes import LocateSites, SolvedGroup, located_graph
+from mpfx.passes import LocateSites, Pass, SolvedGroup, located_graph
 from mpfx.report import Report, SiteReport, peak_memory_bytes
 
 _NO_TOKENIZER = "no usable tokenizer; save one along with mpfx.save(model, path, tokenizer=...)."
@@ -61,8 +62,8 @@ def compress(config: RunConfig) -> Report:
         bytes={"dense": dense_bytes, "compressed": stored},
         seconds={**seconds, **callback.seconds, "total": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-        left_dense=LocateSites(config.dense, config.compress_head).reasons(callback.graph_module),
-        notes=_notes(config, callback.solved),
+        left_dense=LocateSites(config.scope).reasons(callback.graph_module),
+        notes=[*_notes(config, callback.solved), *map(str, opaque_parts(callback.graph_module))],
         config=_plain(config),
     )
     report.save(Path(config.output) / REPORT)
@@ -179,7 +180,9 @@ def _notes(config: RunConfig, solved: tuple[SolvedGroup, ...]) -> list[str]:
 def _plain(value: Any) -> Any:
     """Turn a config into data that JSON can hold."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"class_path": path, "init_args": fields} if isinstance(value, Pass) else fields
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -109,7 +109,7 @@ def numels(output: Path) -> list[int]:
         ("--allocation", "threshold", "--sparsity", "null"),
         ("--allocation", "fixed", "--code_bits", "16"),
         ("--allocation", "budget", "--code_bits", "null", "--bits_per_weight", "6", "--sparsity", "null"),
-        ("--allocation", "fixed", "--code_bits", "4", "--compress_head", "true", "--grid.group_size", "null"),
+        ("--allocation", "fixed", "--code_bits", "4", "--scope.head", "true", "--grid.group_size", "null"),
     ],
     ids=lambda more: "-".join(more[1::2]),
 )
@@ -141,7 +141,7 @@ def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ..
         (["--calibration.length", "65"], "`calibration.length` of at most 64"),
         (["--evaluation.length", "65"], "`evaluation.length` of at most 64"),
         (["--trainer.accelerator", "abacus"], "abacus"),
-        (["--dense", "[nope]"], "'nope' matches none of"),
+        (["--scope.exclude", "[nope]"], "'nope' matches none of"),
         (["--allocation", "fixed", "--code_bits", "null", "--bits_per_weight", "0.8"], "`bits_per_weight` to be"),
         (_INFEASIBLE, "`bits_per_weight` of at least"),
     ],
@@ -167,7 +167,7 @@ def test_infeasible_sizes_are_refused_before_the_dense_model_is_measured(
     import mpfx.run as room
 
     monkeypatch.setattr(room, "validate", lambda *args: pytest.fail("measured"))
-    for more in (_INFEASIBLE, ["--dense", "[nope]"], ["--allocation", "budget", "--block_bits", '{"nope": 3}']):
+    for more in (_INFEASIBLE, ["--scope.exclude", "[nope]"], ["--allocation", "budget", "--block_bits", '{"nope": 3}']):
         assert main(arguments(folder, tmp_path / "out", *more)) == 2
 
 

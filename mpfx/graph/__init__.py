@@ -1,25 +1,68 @@
-"""Graphs of models: tracing, linear layers, input groups, sequential blocks. All that knows torch.fx."""
+"""Graphs of models: tracing, sites, input groups, producers, sequential blocks. All that knows torch.fx."""
 
 from mpfx.graph.errors import TraceError
-from mpfx.graph.grouping import InputGroup, Site, input_groups, sites
+from mpfx.graph.experts import ExpertsFacts, ExpertStack, watch_experts
+from mpfx.graph.folding import channel_order, permute, rescale, row_order
+from mpfx.graph.grouping import (
+    InputGroup,
+    Site,
+    SiteKind,
+    calling_node,
+    expert_modules,
+    input_groups,
+    inputs_behind,
+    sites,
+)
 from mpfx.graph.linear import is_linear, linear_weight
-from mpfx.graph.live import traced_module
+from mpfx.graph.live import note_outside, opaque_parts, traced_module
+from mpfx.graph.opaque import OpaquePart
 from mpfx.graph.partition import OUTPUT, Block, blocks, run_block
-from mpfx.graph.tracing import bind_inputs, trace
+from mpfx.graph.producers import (
+    Consumer,
+    PermutationFold,
+    Producer,
+    ScaleFold,
+    permutation_folds,
+    producers,
+    scale_folds,
+)
+from mpfx.graph.tracing import bind_inputs, first_samples, trace
 
 __all__ = [
     "OUTPUT",
     "Block",
+    "Consumer",
+    "ExpertStack",
+    "ExpertsFacts",
     "InputGroup",
+    "OpaquePart",
+    "PermutationFold",
+    "Producer",
+    "ScaleFold",
     "Site",
+    "SiteKind",
     "TraceError",
     "bind_inputs",
     "blocks",
+    "calling_node",
+    "channel_order",
+    "expert_modules",
+    "first_samples",
     "input_groups",
+    "inputs_behind",
     "is_linear",
     "linear_weight",
+    "note_outside",
+    "opaque_parts",
+    "permutation_folds",
+    "permute",
+    "producers",
+    "rescale",
+    "row_order",
     "run_block",
+    "scale_folds",
     "sites",
     "trace",
     "traced_module",
+    "watch_experts",
 ]

@@ -97,6 +97,11 @@ def private_copy(path: str, value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def given_or_traced(value: Any, traced: Any) -> Any:
+    """The argument, or a copy of what it was while tracing where it is left out."""
+    return private_copy("", traced) if value is None else value
+
+
 def result_tensors(result: Any) -> Any:
     """The tensors of a forward's result in their nesting, dataclasses and mappings as dicts.
 
@@ -138,7 +143,7 @@ class Fixed:
 
     def is_left_out(self, value: Any) -> bool:
         """Whether ``value`` only stands for an argument that was not given: placeholders default to what code holds."""
-        return value is None and not _is_literal(self.value)
+        return value is None and not is_literal(self.value)
 
 
 @dataclass
@@ -191,7 +196,7 @@ class TracedCall:
     def placeholder_default(self, name: str) -> Any:
         """What the placeholder of an argument without tensors falls back to: its value, if code can hold it."""
         value = self.values[name] if name in self.values else self.optional[name]
-        return value if _is_literal(value) else None
+        return value if is_literal(value) else None
 
     def check(self, values: Mapping[str, Any], sizes: SizeRules, compare: Callable[[], str | None]) -> None:
         """Raise a ValueError where the arguments differ from the traced ones in more than dynamic sizes.
@@ -273,9 +278,10 @@ def _same(value: Any, traced: Any) -> bool:
     return bool(value == traced) if isinstance(traced, PLAIN_TYPES) else not holds_tensor(value)
 
 
-def _is_literal(value: Any) -> bool:
+def is_literal(value: Any) -> bool:
+    """Whether code can hold the value, so that a placeholder can default to it."""
     if type(value) in (tuple, list):
-        return all(_is_literal(item) for item in value)
+        return all(is_literal(item) for item in value)
     return type(value) in _LITERAL_TYPES
 
 

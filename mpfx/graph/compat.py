@@ -5,7 +5,9 @@ Supported: torch 2.11 to 2.14. The rest of the package uses PyTorch's public nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -36,16 +39,23 @@ __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
     "Symbol",
+    "TorchDispatchMode",
+    "compiled_code_runs_eagerly",
     "compiler_flags_set",
     "dynamic_fake",
     "emit_expression",
     "fake_mode",
     "is_transformed",
+    "mode_stacks",
     "python_dispatcher",
+    "size_hint",
     "size_symbol",
+    "size_value",
     "static_fake",
     "storage_key",
     "symbolic_expression",
+    "unknown_size",
+    "written_arguments",
 ]
 
 DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
@@ -64,20 +74,20 @@ python_dispatcher: Callable[[], Any] = enable_python_dispatcher
 
 
 @contextmanager
-def compiler_flags_set() -> Iterator[None]:
-    """Let ``torch.compiler.is_compiling()`` and ``is_exporting()`` be true.
+def compiler_flags_set(value: bool = True) -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` and ``is_exporting()`` be true, or false again inside.
 
-    Models then leave out shortcuts that look at the values of a tensor (a mask that is all ones).
+    Where they are true, models leave out shortcuts that look at the values of a tensor (a mask that is all ones).
     """
     flags = [name for name in _COMPILER_FLAGS if hasattr(torch.compiler, name)]
     before = {name: getattr(torch.compiler, name) for name in flags}
     try:
         for name in flags:
-            setattr(torch.compiler, name, True)
+            setattr(torch.compiler, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(torch.compiler, name, value)
+        for name, earlier in before.items():
+            setattr(torch.compiler, name, earlier)
 
 
 def fake_mode(env: ShapeEnv) -> FakeTensorMode:
@@ -85,9 +95,10 @@ def fake_mode(env: ShapeEnv) -> FakeTensorMode:
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
 
 
-def dynamic_fake(mode: FakeTensorMode, tensor: Tensor) -> FakeTensor:
-    """A fake of ``tensor`` with a symbol for every size of two or more."""
-    sizes = [DimDynamic.STATIC if size < 2 else DimDynamic.DYNAMIC for size in tensor.shape]
+def dynamic_fake(mode: FakeTensorMode, tensor: Tensor, static: Collection[int] = ()) -> FakeTensor:
+    """A fake of ``tensor`` with a symbol for every size of two or more, but for those of the ``static`` dimensions."""
+    fixed = [size < 2 or dim in static for dim, size in enumerate(tensor.shape)]
+    sizes = [DimDynamic.STATIC if is_fixed else DimDynamic.DYNAMIC for is_fixed in fixed]
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(sizes)
     return mode.from_tensor(tensor, symbolic_context=context)
 
@@ -130,11 +141,100 @@ def emit_expression(graph: fx.Graph, expression: sympy.Basic, symbols: Mapping[s
     """Append nodes that compute ``expression`` from the nodes of its symbols."""
     tracer = fx.proxy.GraphAppendingTracer(graph)
     values: dict[Any, Any] = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
-    result: fx.Node = sympy_interp(PythonReferenceAnalysis, values, expression).node
+    result: fx.Node = sympy_interp(_SizeArithmetic, values, expression).node
     return result
+
+
+class _SizeArithmetic(PythonReferenceAnalysis):
+    """Python's arithmetic on proxies too, which neither SymPy nor the functions of `math` take."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: Any) -> Any:
+        return _emit_call(math.floor, x)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: Any) -> Any:
+        return _emit_call(math.ceil, x)
+
+    @staticmethod
+    def trunc_to_int(x: Any, dtype: Any) -> Any:
+        return _emit_call(math.trunc, x)
+
+    @staticmethod
+    def round_to_int(a: Any, dtype: Any) -> Any:
+        return _emit_call(round, a)
+
+    @staticmethod
+    def round_decimal(a: Any, b: Any) -> Any:
+        return _emit_call(round, a, b)
+
+
+def _emit_call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of numbers, in the graph where one of them is there."""
+    tracer = next((arg.tracer for arg in args if isinstance(arg, fx.Proxy)), None)
+    return function(*args) if tracer is None else tracer.create_proxy("call_function", function, args, {})
 
 
 def storage_key(tensor: Tensor) -> int:
     """A number that all views of one storage share, while one of them is alive."""
     key: int = tensor.untyped_storage()._cdata
     return key
+
+
+def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operator of the dispatcher writes to, by its schema; none for one without a schema."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from (t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor))
+
+
+@contextmanager
+def compiled_code_runs_eagerly() -> Iterator[None]:
+    """Let what ``torch.compile`` has wrapped run as the code that it was made from."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and loading it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def unknown_size(env: ShapeEnv) -> torch.SymInt:
+    """A size of which nothing is known but that it is one."""
+    size = env.create_unbacked_symint()
+    torch._check(size >= 0)
+    return size
+
+
+def size_hint(size: Any) -> int | None:
+    """What a size was for the example, None if it depends on the values of a tensor."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = size.node.hint if size.node.has_hint() else None
+    return None if hint is None else int(hint)
+
+
+def mode_stacks() -> tuple[int, int, str]:
+    """How many torch function modes and dispatch modes are active, and what compiled code does."""
+    dynamo = sys.modules.get("torch._dynamo")
+    stance = dynamo.eval_frame._stance.stance if dynamo is not None else "default"
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), stance
+
+
+def size_value(size: Any, values: Mapping[Symbol, int]) -> int | None:
+    """A size, or an expression of sizes, for given values of the symbols; None if it has others.
+
+    True and false count as one and zero.
+    """
+    expression = symbolic_expression(size) if isinstance(size, SYMBOLIC_NUMBERS) else sympy.sympify(size)
+    value = expression.xreplace({symbol: sympy.Integer(number) for symbol, number in values.items()})
+    if value in (sympy.true, sympy.false):
+        return int(bool(value))
+    return int(value) if value.is_Integer else None

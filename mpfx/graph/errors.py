@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import traceback
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mpfx.graph.compat import DATA_DEPENDENT_ERRORS
 
 _OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH_FOLDER = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+
+_NOT_THE_USERS = (_OWN_FOLDER, _TORCH_FOLDER, os.path.abspath(contextlib.__file__))
 
 _LEAF_ADVICE = "move that code into a module of its own without children, which is called as a whole"
 
@@ -32,20 +38,64 @@ class UnsupportedCodeError(Exception):
         self.advice = advice
 
 
-def trace_error(error: Exception, module_path: str, module_type: str) -> TraceError:
-    """Turn what stopped a trace into an error that names the place, the problem and the remedy.
+class FixedSizeError(UnsupportedCodeError):
+    """Raised where code fixes a size of the inputs, so that its graph would hold for this size alone."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the forward branches on a size or loops over it, so that one graph cannot hold for other sizes",
+            f"compute on the whole tensor instead, or {_LEAF_ADVICE}",
+        )
+
+
+class ImageSizeError(UnsupportedCodeError):
+    """Raised where a graph for images of every size is not worth its price; one for images of one size is."""
+
+    def __init__(self) -> None:
+        super().__init__("the forward computes with the height and width of images in a way that fixes them")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a module is no part of a graph: the one text of errors and of reports.
+
+    Attributes:
+        path: Path of the module in the traced one, "" for the traced module itself.
+        module_type: Its class name.
+        problem: What its forward does.
+        where: ``file:line`` of the code that does it.
+        advice: What its author can change.
+    """
+
+    path: str
+    module_type: str
+    problem: str
+    where: str
+    advice: str
+
+    def __str__(self) -> str:
+        place = f"`{self.path}`" if self.path else "the traced module"
+        return f"{place} ({self.module_type}) at {self.where}: {self.problem}. What to change: {self.advice}."
+
+
+def diagnose(error: Exception, path: str, module: nn.Module) -> Diagnosis:
+    """Say what stopped a trace, where, and what to change.
 
     Args:
         error: The exception that left the module's forward.
-        module_path: Path of the innermost module that was running.
-        module_type: Class name of that module.
+        path: Path of the innermost module that was running.
+        module: That module.
     """
-    problem, advice = _diagnose(error)
-    where = f"`{module_path}` ({module_type})" if module_path else f"the traced module ({module_type})"
-    return TraceError(f"Cannot trace {where} at {_user_line(error)}: {problem}. What to change: {advice}.")
+    problem, advice = _problem(error)
+    return Diagnosis(path, type(module).__name__, problem, _user_line(error) or _forward_line(module), advice)
 
 
-def _diagnose(error: Exception) -> tuple[str, str]:
+def trace_error(diagnosis: Diagnosis) -> TraceError:
+    """The error that tells a diagnosis."""
+    return TraceError(f"Cannot trace {diagnosis}")
+
+
+def _problem(error: Exception) -> tuple[str, str]:
     """Say what is wrong and what to change."""
     if isinstance(error, UnsupportedCodeError):
         return str(error), error.advice
@@ -62,10 +112,22 @@ def _diagnose(error: Exception) -> tuple[str, str]:
     )
 
 
-def _user_line(error: Exception) -> str:
+def asking_line() -> str:
+    """The innermost ``file:line`` of the running code that is neither PyTorch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame is not None and os.path.abspath(frame.f_code.co_filename).startswith(_NOT_THE_USERS):
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def _user_line(error: Exception) -> str | None:
     """The innermost ``file:line`` of the traceback that is neither PyTorch's nor this package's."""
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = [f for f in frames if not os.path.abspath(f.filename).startswith((_OWN_FOLDER, _TORCH_FOLDER))]
-    if not foreign:
-        return "a line inside PyTorch"
-    return f"{foreign[-1].filename}:{foreign[-1].lineno}"
+    foreign = [f for f in frames if not os.path.abspath(f.filename).startswith(_NOT_THE_USERS)]
+    return f"{foreign[-1].filename}:{foreign[-1].lineno}" if foreign else None
+
+
+def _forward_line(module: nn.Module) -> str:
+    """Where the module's forward begins, for code without lines of its own (compiled, or PyTorch's)."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else "code that is not written in Python"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpfx.graph.compat import TorchDispatchMode, compiled_code_runs_eagerly, storage_key, written_arguments
 from mpfx.graph.errors import TraceError
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -22,19 +25,50 @@ _trace_lock = threading.Lock()
 _tracing_threads: set[int] = set()
 
 
+AutocastState = tuple[tuple[str, torch.dtype], ...]
+"""The devices on which autocast is on, and the type that it casts to."""
+
+
+def autocast_state() -> AutocastState:
+    """What autocast does at this moment."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES if torch.is_autocast_enabled(d))
+
+
 @contextmanager
-def undisturbed(root: nn.Module) -> Iterator[None]:
-    """Run a trace of ``root`` in a neutral setting, and leave model, random state and modes as they were."""
+def undisturbed(root: nn.Module, autocast: AutocastState = ()) -> Iterator[None]:
+    """Run a trace of ``root`` in a neutral setting, and leave model, random state and modes as they were.
+
+    Args:
+        root: The traced module.
+        autocast: What autocast does meanwhile, whatever it did before.
+    """
     with ExitStack() as stack:
         stack.enter_context(_one_trace_at_a_time())
         stack.enter_context(_attributes_restored(root))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_random_state_restored([]))
+        stack.enter_context(_defaults_restored())
+        stack.enter_context(compiled_code_runs_eagerly())
         # Fake tensors need version counters, which inference tensors lack.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        for device, dtype in autocast:
+            stack.enter_context(torch.autocast(device, dtype=dtype))
+        yield
+
+
+@contextmanager
+def rehearsed(root: nn.Module, written: Sequence[Tensor], cuda: Sequence[int]) -> Iterator[None]:
+    """Inside `undisturbed`: a run on real tensors, of which nothing stays.
+
+    Args:
+        root: The module that runs.
+        written: Tensors that a run may write to, such as buffers; their values are put back.
+        cuda: Devices whose random state is put back.
+    """
+    with _attributes_restored(root), _values_restored(written), _random_state_restored(cuda), _parameters_kept(root):
         yield
 
 
@@ -55,7 +89,7 @@ def unobserved(
             for name in _HOOKS:  # others hold on to these very dicts
                 hooks = module.__dict__[name].items()
                 module.__dict__[name] = OrderedDict((key, hook) for key, hook in hooks if key in kept_hooks)
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with _random_state_restored(cuda), torch.no_grad(), _parameters_kept(root):
             yield
 
 
@@ -98,6 +132,33 @@ def _one_trace_at_a_time() -> Iterator[None]:
 
 
 @contextmanager
+def _random_state_restored(cuda: Sequence[int]) -> Iterator[None]:
+    """Put back the random states of PyTorch, Python and NumPy."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _defaults_restored() -> Iterator[None]:
+    """Put back PyTorch's default type, and run ``nn.TransformerEncoder`` through its linear layers.
+
+    Its fast path reads their weights without calling them, and only where no gradient is needed.
+    """
+    dtype, fast_path = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
     before = [tensor.clone() for tensor in tensors]
     try:
@@ -109,9 +170,51 @@ def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def _parameters_kept(root: nn.Module) -> Iterator[None]:
+    """Put back the parameters that a run has written to, which are too large to copy them all before it."""
+    keeper = _Keeper(root)
+    try:
+        with keeper:
+            yield
+    finally:
+        keeper.restore()
+
+
+class _Keeper(TorchDispatchMode):
+    """Copies a parameter when an operator is about to write to its memory, through whatever view."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memories = [(parameter, parameter.data) for parameter in root.parameters()]
+        self._unwritten: dict[int, list[Tensor]] = {}
+        for _, memory in self._memories:
+            self._unwritten.setdefault(storage_key(memory), []).append(memory)
+        self._saved: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Run one operator."""
+        for tensor in written_arguments(func, args, kwargs or {}):
+            for memory in self._unwritten.pop(storage_key(tensor), ()):
+                self._saved.append((memory, memory.clone()))
+        return func(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every parameter its memory and its values again."""
+        for parameter, memory in self._memories:
+            if storage_key(parameter) != storage_key(memory) or parameter.shape != memory.shape:
+                parameter.data = memory
+        for memory, values in self._saved:
+            memory.copy_(values)
+
+
+@contextmanager
 def _attributes_restored(root: nn.Module) -> Iterator[None]:
     """Undo what a forward on fake tensors stores on the modules: caches, counters, replaced buffers."""
     before = [(namespace, dict(namespace)) for module in root.modules() for namespace in _namespaces(module)]
+    gradients = [(p, p.requires_grad) for p in root.parameters()]
     contents = [(item, type(item)(item)) for _, saved in before for item in saved.values() if type(item) in _CONTAINERS]
     try:
         yield
@@ -120,11 +223,16 @@ def _attributes_restored(root: nn.Module) -> Iterator[None]:
             _restore(namespace, saved)
         for item, saved in contents:
             _restore_container(item, saved)
+        for parameter, needed in gradients:
+            if parameter.requires_grad != needed:
+                parameter.requires_grad_(needed)
 
 
 def _namespaces(module: nn.Module) -> Iterator[dict[str, Any]]:
     yield module.__dict__
-    yield from (module._parameters, module._buffers, module._modules)
+    for namespace in (module._parameters, module._buffers, module._modules):
+        if isinstance(namespace, dict):  # TorchScript keeps its own outside of Python
+            yield namespace
 
 
 def _restore(namespace: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -21,11 +21,13 @@ class LinearFacts:
         in_features: Number of input channels.
         out_features: Number of output channels.
         dense_reason: Why the layer cannot be replaced, or None.
+        transposed: Whether it stores its weight as (in, out).
     """
 
     in_features: int
     out_features: int
     dense_reason: str | None
+    transposed: bool = False
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -93,10 +95,10 @@ def is_experts(module: nn.Module) -> bool:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a trace calls the module as a whole.
 
-    These are childless modules, linear layers, fused experts, and ``nn.MultiheadAttention``, which reads the
-    weight of its projection without calling it.
+    These are childless modules, linear layers, fused experts, ``nn.MultiheadAttention``, which reads the weight of
+    its projection without calling it, and modules that say so by an attribute ``traced_as_leaf``.
     """
-    if not module._modules or isinstance(module, nn.MultiheadAttention):
+    if not module._modules or isinstance(module, nn.MultiheadAttention) or getattr(module, "traced_as_leaf", False):
         return True
     return is_linear(module) or is_experts(module)
 
@@ -119,7 +121,7 @@ def describe_linears(root: nn.Module, direct_uses: Collection[str]) -> dict[str,
                 if path in direct_uses
                 else None
             )
-            facts[path] = LinearFacts(in_features, out_features, reason)
+            facts[path] = LinearFacts(in_features, out_features, reason, not isinstance(module, nn.Linear))
     return facts
 
 

@@ -11,7 +11,9 @@ from torch import fx, nn
 
 from mpfx.graph.calls import TracedCall
 from mpfx.graph.errors import TraceError
+from mpfx.graph.experts import ExpertsFacts
 from mpfx.graph.linear import LinearFacts
+from mpfx.graph.opaque import OpaquePart
 from mpfx.graph.sizes import SizeRules
 
 META_KEY = "mpfx"
@@ -19,6 +21,9 @@ META_KEY = "mpfx"
 
 CONSTANTS = "_mpfx_constants"
 """Name under which a graph finds the module that holds its constants."""
+
+WHOLE = "_mpfx_whole"
+"""Name under which a graph finds the traced module itself, where all that it does is to call it."""
 
 _SHARED = ("_modules", "_parameters", "_buffers")
 
@@ -56,8 +61,10 @@ class TraceRecord:
         call: The traced arguments.
         sizes: What was assumed about the sizes of the arguments.
         linears: The linear layers at the time of tracing, by path; later replacements do not change it.
-        experts: Paths of the fused experts at the time of tracing.
+        experts: The fused experts at the time of tracing, by path.
         hooks: Keys of the hooks that the trace ran through, so that what they do is in the graph.
+        opaque: The parts that the graph calls as they are, by path, "" for the whole model.
+        shared: ids of modules and parameters that others than the traced module use too (`note_outside`).
         verified: Forms of batches that broke a rule about sizes and on which the graph was found right all the same.
     """
 
@@ -66,8 +73,10 @@ class TraceRecord:
     call: TracedCall
     sizes: SizeRules
     linears: dict[str, LinearFacts]
-    experts: frozenset[str]
+    experts: dict[str, ExpertsFacts]
     hooks: frozenset[int] = frozenset()
+    opaque: dict[str, OpaquePart] = field(default_factory=dict)
+    shared: frozenset[int] = frozenset()
     verified: set[tuple[Any, ...]] = field(default_factory=set, repr=False)
     _analyses: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
@@ -101,6 +110,37 @@ def traced_module(gm: fx.GraphModule) -> nn.Module:
     return record_of(gm).model
 
 
+def note_outside(gm: fx.GraphModule, whole: nn.Module) -> None:
+    """Note what a larger module uses of the traced one by other ways than through it: that must not change.
+
+    Args:
+        gm: Traced graph; to be called before anything is analysed.
+        whole: Holds the traced module.
+    """
+    record, seen = record_of(gm), set[int]()
+
+    def visit(module: nn.Module) -> None:
+        if module is record.model or id(module) in seen:
+            return
+        seen.add(id(module))
+        seen.update(id(p) for p in module._parameters.values() if p is not None)
+        for child in module._modules.values():
+            if child is not None:
+                visit(child)
+
+    visit(whole)
+    record.shared = frozenset(seen)
+
+
+def opaque_parts(gm: fx.GraphModule) -> tuple[OpaquePart, ...]:
+    """The parts of a traced model that its graph calls as they are, in the order of their first call.
+
+    Raises:
+        TypeError: If the graph was not made by `trace`.
+    """
+    return tuple(record_of(gm).opaque.values())
+
+
 def node_info(node: fx.Node) -> NodeInfo:
     """What the trace knows of a node; empty for nodes that were added later."""
     info = node.meta.get(META_KEY)
@@ -113,23 +153,31 @@ def live_module(model: nn.Module, graph: fx.Graph, constants: nn.Module) -> fx.G
     Whatever is replaced in the model is replaced in the graph, and the other way round.
 
     Raises:
-        TraceError: If a child of the model has the name of an attribute of GraphModule, which would hide it.
+        TraceError: If a child of the model has the name of an attribute of GraphModule, which would hide it, or
+            the model is a TorchScript module.
     """
     gm = fx.GraphModule(nn.Module(), fx.Graph())
-    _reject_hidden_names(gm, graph)
+    _reject_hidden_names(gm, model, graph)
     gm.training = model.training
     for name in _SHARED:
         gm.__dict__[name] = getattr(model, name)
     gm.__dict__[CONSTANTS] = constants  # no child, as the children are the model's
+    if any(node.target == WHOLE for node in graph.nodes):
+        gm.__dict__[WHOLE] = model
     gm.graph = graph
     return gm
 
 
-def _reject_hidden_names(gm: fx.GraphModule, graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        first = str(node.target).partition(".")[0]
-        if node.op in ("call_module", "get_attr") and hasattr(gm, first):
+def _reject_hidden_names(gm: fx.GraphModule, model: nn.Module, graph: fx.Graph) -> None:
+    used = [str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    if not isinstance(model._modules, dict):
+        raise TraceError(
+            "The traced module is a TorchScript module, whose children a graph cannot share. "
+            "What to change: trace the module that it was made from, or a module that has this one as a child."
+        )
+    for name in dict.fromkeys([*model._modules, *used]):
+        if hasattr(gm, name):
             raise TraceError(
-                f"The traced module calls its child `{first}`, a name that torch.fx uses itself. "
+                f"The traced module has a child `{name}`, a name that torch.fx uses itself. "
                 "What to change: rename it, or trace a module that has this one as a child."
             )

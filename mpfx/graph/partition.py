@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import fx, nn
 
-from mpfx.graph.live import TraceRecord, live_module, node_info, record_of
+from mpfx.graph.experts import ExpertStack
+from mpfx.graph.linear import is_linear
+from mpfx.graph.live import WHOLE, TraceRecord, live_module, node_info, record_of
 
 OUTPUT = "output"
 """The key under which `run_block` returns the result of the last block."""
@@ -26,7 +29,10 @@ class Block:
         module: Runs the part on the model's own children, called with the values in `needs` by name. Returns a
             dict of the values that later blocks need; the last block returns the result of the whole graph.
         needs: Names of the values that it reads: placeholders of the whole graph, or results of earlier blocks.
-        sites: Paths of the linear layers that it calls, in order.
+        sites: Paths of the sites that it calls, in order.
+        stages: The sites again, in the order of solving: those of one stage do not read what others of it make.
+        units: The sites again, in the order of solving, where everything that may be solved on one and the same run of
+            the block is together: one unit, but for a part that could not be traced and has repeated modules inside.
         is_last: Whether it returns the result of the whole graph.
         repeated: Whether it is a unit for sequential solving, as opposed to what lies around these.
     """
@@ -36,6 +42,8 @@ class Block:
     module: fx.GraphModule
     needs: tuple[str, ...]
     sites: tuple[str, ...]
+    stages: tuple[tuple[str, ...], ...]
+    units: tuple[tuple[str, ...], ...]
     is_last: bool
     repeated: bool
 
@@ -100,13 +108,67 @@ def _cut(gm: fx.GraphModule, record: TraceRecord) -> Iterator[Block]:
             module=module,
             needs=tuple(str(n.target) for n in module.graph.find_nodes(op="placeholder")),
             sites=tuple(dict.fromkeys(_sites_called(part, record))),
+            stages=tuple(_stages(part, record)),
+            units=tuple(_units(part, record, labels)),
             is_last=index + 1 == len(parts),
             repeated=part.label is not None or not labels,
         )
 
 
+# What a part calls
+
+
+def expert_paths(stack: ExpertStack) -> Iterator[str]:
+    """The path of every expert of a stack as a site."""
+    return (f"{stack.module}.{stack.parameter}.{index}" for index in range(stack.experts))
+
+
 def _sites_called(part: _Part, record: TraceRecord) -> Iterator[str]:
-    return (str(n.target) for n in part.nodes if n.op == "call_module" and n.target in record.linears)
+    return (path for node in part.nodes for step in _steps(node, record) for path in step)
+
+
+def _steps(node: fx.Node, record: TraceRecord) -> Iterator[tuple[str, ...]]:
+    """The sites that a node calls, those together that it calls on the same value or independently."""
+    if node.op != "call_module":
+        return
+    path = "" if node.target == WHOLE else str(node.target)
+    if path in record.opaque:
+        for inner in record.opaque[path].calls:
+            yield from _steps_of_module(inner, record)
+    else:
+        yield from _steps_of_module(path, record)
+
+
+def _steps_of_module(path: str, record: TraceRecord) -> Iterator[tuple[str, ...]]:
+    if path in record.linears:
+        yield (path,)
+    elif path in record.experts:
+        yield from (tuple(expert_paths(stack)) for stack in record.experts[path].stacks)
+
+
+def _stages(part: _Part, record: TraceRecord) -> Iterator[tuple[str, ...]]:
+    """Sites by the number of sites on the longest way to them."""
+    depth: dict[fx.Node, int] = {}
+    found: dict[int, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    for node in part.nodes:
+        level = max((depth.get(a, 0) for a in node.all_input_nodes), default=0)
+        for step in _steps(node, record):
+            found[level] += [path for path in step if path not in seen]
+            seen.update(step)
+            level += 1
+        depth[node] = level
+    return (tuple(found[level]) for level in sorted(found) if found[level])
+
+
+def _units(part: _Part, record: TraceRecord, labels: set[str]) -> Iterator[tuple[str, ...]]:
+    outer = {path for node in part.nodes for path in (*node_info(node).stack, str(node.target)) if path in labels}
+
+    def repeated_child(path: str) -> str | None:
+        return next((p for p in _ancestors(path) if p in labels and p not in outer), None)
+
+    for _, paths in groupby(dict.fromkeys(_sites_called(part, record)), key=repeated_child):
+        yield tuple(paths)
 
 
 # Where to cut
@@ -118,13 +180,29 @@ def _repeated_children(record: TraceRecord) -> set[str]:
     labels: set[str] = set()
     for path, module in record.model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(_inside(path, label) for label in labels):
-            children = {f"{path}.{name}".lstrip("."): child for name, child in module.named_children()}
+            children = dict(_called_children(path, module))
             deep = {p: c for p, c in children.items() if p in above}
             if isinstance(module, nn.Sequential):  # a plain chain repeats only what is of one kind
                 deep = {p: c for p, c in deep.items() if sum(type(o) is type(c) for o in deep.values()) > 1}
             if len(deep) > 1:
                 labels |= deep.keys()
     return labels
+
+
+def _called_children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children by path; in the place of lists of layers, which are never called, what these hold."""
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}".lstrip(".")
+        if isinstance(child, nn.ModuleList) and not any(is_linear(inner) for inner in child.children()):
+            yield from _called_children(child_path, child)
+        else:
+            yield child_path, child
+
+
+def _above(path: str) -> Iterator[str]:
+    """A path and those above it: lists are never called, so they are in no stack."""
+    yield path
+    yield from _ancestors(path)
 
 
 def _inside(path: str, label: str) -> bool:
@@ -141,7 +219,7 @@ def _split_at_children(nodes: Sequence[fx.Node], labels: set[str]) -> list[_Part
     """A part for every run of nodes made inside one labelled module, and for what lies between."""
     parts = [_Part(None, [])]
     for node in nodes:
-        label = next((path for path in node_info(node).stack if path in labels), None)
+        label = next((path for module in node_info(node).stack for path in _above(module) if path in labels), None)
         # Functions between two labelled modules stay with the first, so that only modules open a part.
         if (label or node.op == "call_module") and label != parts[-1].label:
             if parts[-1].nodes:
@@ -178,7 +256,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _is_heavy(node: fx.Node, record: TraceRecord) -> bool:
-    return node.op == "call_module" and (node.target in record.linears or node.target in record.experts)
+    return next(_steps(node, record), None) is not None
 
 
 # Where not to cut
@@ -189,7 +267,7 @@ def _unbreakable(parts: Sequence[_Part], record: TraceRecord, graph: fx.Graph) -
     callers = defaultdict(set)
     for i, part in enumerate(parts):
         for path in _sites_called(part, record):
-            if record.linears[path].dense_reason is None:
+            if path not in record.linears or record.linears[path].dense_reason is None:
                 callers[path].add(i)
     yield from ((min(used), max(used)) for used in callers.values())
     yield from _writes_across(parts, graph)

@@ -1,6 +1,6 @@
 """What of a model goes into a checkpoint, under which names."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpfx.hub.manifest import BUFFER, PERMUTATION, RESERVED, Manifest, SiteEntry, inside
+from mpfx.hub.manifest import BUFFER, PERMUTATION, RESERVED, Manifest, SiteEntry, StackEntry, inside
 from mpfx.nn import MixedPrecisionLinear
+from mpfx.nn.experts import PackedStack
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 """What transformers rebuilds a model from."""
 
 
-def packed_sites(model: nn.Module) -> Iterator[tuple[str, MixedPrecisionLinear]]:
-    """Packed modules of a model, by path."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, MixedPrecisionLinear))
+Packed = MixedPrecisionLinear | PackedStack
+"""What a checkpoint holds packed: a linear layer, or the weights of all experts in the place of a parameter."""
+
+
+def packed_sites(model: nn.Module) -> Iterator[tuple[str, Packed]]:
+    """Packed modules of a model, by path; those of experts by the path of the parameter that they stand for."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Packed))
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -25,31 +30,40 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in collect(model, dict(packed_sites(model)), Path())[0].values())
 
 
-def collect(
-    model: nn.Module, sites: Mapping[str, MixedPrecisionLinear], folder: Path
-) -> tuple[dict[str, Tensor], Manifest]:
+def collect(model: nn.Module, sites: Mapping[str, Packed], folder: Path) -> tuple[dict[str, Tensor], Manifest]:
     """Tensors for the file, wherever they are now, and the manifest that explains them."""
     tensors: dict[str, Tensor] = {}
-    permutations: dict[tuple[torch.dtype, bytes], int] = {}
-    entries: dict[str, SiteEntry] = {}
+    permutations: dict[tuple[torch.dtype, torch.Size, bytes], int] = {}
+    linears: dict[str, SiteEntry] = {}
+    experts: dict[str, StackEntry] = {}
     for path, module in sites.items():
-        entries[path] = _entry(module)
         state = module.state_dict(prefix=f"{path}.")
-        order = state.pop(f"{path}.permutation", None)
+        order, index = state.pop(f"{path}.permutation", None), None
         tensors |= state
         if order is not None:
             content = order.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            index = permutations.setdefault((order.dtype, content), len(permutations))
-            entries[path] = replace(entries[path], permutation=index)
+            index = permutations.setdefault((order.dtype, order.shape, content), len(permutations))
             tensors[f"{PERMUTATION}{index}"] = order
+        if isinstance(module, PackedStack):
+            experts[path] = replace(_stack_entry(module), permutation=index)
+        else:
+            linears[path] = replace(_entry(module), permutation=index)
     outside, tied = _untie(dense_tensors(model, paths_of(model, sites)))
     library = "transformers" if hasattr(getattr(model, "config", None), "save_pretrained") else None
-    return tensors | outside, Manifest(folder, entries, tied, library)
+    return tensors | outside, Manifest(folder, linears, experts, tied, library)
 
 
 def _entry(module: MixedPrecisionLinear) -> SiteEntry:
-    dtype = str(module.weight_dtype).removeprefix("torch.")
-    return SiteEntry(module.in_features, module.out_features, module.layout.group_size, dtype, None)
+    return SiteEntry(module.in_features, module.out_features, module.layout.group_size, _dtype_name(module), None)
+
+
+def _stack_entry(module: PackedStack) -> StackEntry:
+    sizes = (module.experts, module.in_features, module.out_features)
+    return StackEntry(*sizes, module.layouts[0].group_size, _dtype_name(module), module.transposed, None)
+
+
+def _dtype_name(module: Packed) -> str:
+    return str(module.weight_dtype).removeprefix("torch.")
 
 
 def paths_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -58,8 +72,12 @@ def paths_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, st
     return {p: known[id(m)] for p, m in model.named_modules(remove_duplicate=False) if id(m) in known}
 
 
-def dense_tensors(model: nn.Module, sites: Iterable[str]) -> dict[str, Tensor]:
+def dense_tensors(model: nn.Module, sites: Collection[str]) -> dict[str, Tensor]:
     """All that a checkpoint holds of a model beside its packed sites, by its name in the file.
+
+    Args:
+        model: packed, or still dense where the sites are.
+        sites: paths of modules, and of parameters that hold the weights of experts.
 
     Raises:
         ValueError: for names or values that a checkpoint cannot hold.
@@ -67,7 +85,7 @@ def dense_tensors(model: nn.Module, sites: Iterable[str]) -> dict[str, Tensor]:
     state, below = model.state_dict(), inside(sites)
     buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}
     unsaved = {f"{BUFFER}{n}": b for n, b in buffers.items() if b.numel() and b.is_floating_point()}
-    kept = {n: t for n, t in state.items() if not n.startswith(below)}
+    kept = {n: t for n, t in state.items() if not n.startswith(below) and n not in sites}
     for name, value in state.items():
         if name.startswith(RESERVED):
             raise ValueError(f"Expected no name that begins with {RESERVED} but got {name}: rename that child.")
@@ -93,12 +111,13 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def check_order(order: Tensor, channels: int, name: str) -> None:
-    """Check that a tensor holds every channel once.
+    """Check that a tensor, or every row of one, holds every channel once.
 
     Raises:
         ValueError: naming the tensor.
     """
-    if not torch.equal(order.long().sort().values, torch.arange(channels)):
+    ranks = order.long().sort(-1).values
+    if not torch.equal(ranks, torch.arange(channels).expand_as(ranks)):
         raise ValueError(
             f"Expected `{name}` to be a permutation: each of 0 .. {channels - 1} once, but some are lacking."
         )

@@ -11,17 +11,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpfx.graph import is_linear, linear_weight
-from mpfx.hub.contents import CONFIG, GENERATION, check_order, dense_tensors, paths_of
+from mpfx.hub.contents import CONFIG, GENERATION, Packed, check_order, dense_tensors, paths_of
 from mpfx.hub.manifest import (
     BUFFER,
     FLOATS,
     PARTS,
     PERMUTATION,
+    STACK_PARTS,
     WEIGHTS,
     CheckpointError,
     Header,
     Manifest,
     SiteEntry,
+    StackEntry,
     TensorInfo,
     check_header,
     inside,
@@ -29,6 +31,7 @@ from mpfx.hub.manifest import (
     read_manifest,
 )
 from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, validate
+from mpfx.nn.experts import PackedExperts, PackedStack, split_stack
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -55,11 +58,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         skeleton = _skeleton(folder, manifest) if model is None else model
         paths = _check_modules(skeleton, manifest, header)
         _check_tensors(dense_tensors(skeleton, paths), manifest, header)
-        modules = _read_sites(file, manifest)
+        packed = _read_sites(file, manifest)
         state = _read_dense(file, manifest, header)
+    modules = _replacements(skeleton, paths, packed, manifest)
     with _all_or_nothing(skeleton):
-        for site, original in paths.items():
-            skeleton.set_submodule(site, modules[original])
+        for name, module in modules.items():
+            skeleton.set_submodule(name, module)
         _fill(skeleton, state, manifest)
     return skeleton.eval()
 
@@ -85,7 +89,8 @@ def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
         return _build(folder)
     except Exception as error:  # model code raises whatever an odd config makes it stumble over
         raise CheckpointError(
-            f"{folder}: no model can be built from its {CONFIG} and {GENERATION}: {type(error).__name__}: {error}"
+            f"{folder}: no model can be built from its {CONFIG} and {GENERATION}: {type(error).__name__}: {error} "
+            "If it is no causal language model, build it and call mpfx.load(path, model=...)."
         ) from error
 
 
@@ -102,19 +107,65 @@ def _build(folder: Path) -> nn.Module:
 
 
 def _check_modules(skeleton: nn.Module, manifest: Manifest, header: Header) -> dict[str, str]:
-    """Check that every site is a linear layer of the same sizes; return every path of each, with its site."""
+    """Check that the model has a layer or a parameter of the same sizes for all that is packed.
+
+    Returns:
+        Every path under which a site can be found, with the one that the manifest names.
+    """
     modules = dict(skeleton.named_modules(remove_duplicate=False))
-    if unknown := sorted(set(manifest.sites) - set(modules)):
+    holders = {path: path.rpartition(".")[0] for path in manifest.experts}
+    if unknown := sorted({*manifest.sites, *holders.values()} - set(modules)):
         raise CheckpointError(f"{manifest.path} names sites that {type(skeleton).__name__} lacks: {unknown[:5]}.")
     for site, entry in manifest.sites.items():
         _check_module(f"{manifest.path}, site {site}", entry, modules[site], f"{site}.bias" in header)
+    for path, stack in manifest.experts.items():
+        name = path.rpartition(".")[2]
+        _check_stack(f"{manifest.path}, experts {path}", stack, modules[holders[path]], name)
     paths = paths_of(skeleton, {site: modules[site] for site in manifest.sites})
-    if twice := sorted(set(manifest.sites) - set(paths.values())):
+    for path, holder in paths_of(skeleton, {holder: modules[holder] for holder in holders.values()}).items():
+        paths |= {f"{path}.{name.rpartition('.')[2]}": name for name, owner in holders.items() if owner == holder}
+    if twice := sorted(set(manifest.entries) - set(paths.values())):
         raise CheckpointError(f"{manifest.path}: sites {twice[:5]} are the same modules as other sites of the model.")
-    packed = {name for name, module in modules.items() if isinstance(module, MixedPrecisionLinear)}
+    packed = {name for name, module in modules.items() if isinstance(module, Packed)}
     if unlisted := sorted(packed - set(paths)):
         raise CheckpointError(f"{manifest.path} lacks sites that are packed in the given model: {unlisted[:5]}.")
     return paths
+
+
+def _check_stack(where: str, entry: StackEntry, module: nn.Module, name: str) -> None:
+    """Check the parameter, or what is packed in its place already."""
+    found = module._parameters.get(name)
+    known = module.packed_stacks.get(name, found) if isinstance(module, PackedExperts) else found
+    if known is None:
+        raise CheckpointError(f"{where}: expected a parameter but {type(module).__name__} has none of that name.")
+    if tuple(known.shape) != entry.shape:
+        raise CheckpointError(f"{where}: expected the parameter's shape, {tuple(known.shape)}, but got {entry.shape}.")
+    if isinstance(known, PackedStack) and known.transposed != entry.transposed:
+        raise CheckpointError(f"{where}: expected `transposed` to be {known.transposed} as in the given model.")
+
+
+def _replacements(
+    skeleton: nn.Module, paths: Mapping[str, str], packed: Mapping[str, Packed], manifest: Manifest
+) -> dict[str, nn.Module]:
+    """The module for every path: packed linear layers, and experts that run on packed stacks."""
+    modules: dict[str, nn.Module] = {}
+    stacks: dict[str, dict[str, PackedStack]] = {}
+    for path, site in paths.items():
+        module = packed[site]
+        if isinstance(module, PackedStack):
+            holder, _, name = path.rpartition(".")
+            stacks.setdefault(holder, {})[name] = module
+        else:
+            modules[path] = module
+    made: dict[int, PackedExperts] = {}
+    for path, parts in stacks.items():
+        experts = skeleton.get_submodule(path)
+        try:
+            made.setdefault(id(experts), PackedExperts(experts, parts))
+        except ValueError as error:
+            raise CheckpointError(f"{manifest.path}, experts {path}: {error}") from error
+        modules[path] = made[id(experts)]
+    return modules
 
 
 def _check_module(where: str, entry: SiteEntry, module: nn.Module, bias: bool) -> None:
@@ -134,7 +185,7 @@ def _check_module(where: str, entry: SiteEntry, module: nn.Module, bias: bool) -
 
 def _check_tensors(dense: Mapping[str, Tensor], manifest: Manifest, header: Header) -> None:
     """Compare names, sizes and dtypes outside the packed sites with the model's."""
-    below = (*inside(manifest.sites), PERMUTATION)
+    below = (*inside(manifest.entries), PERMUTATION)
     found = {name: info for name, info in header.items() if not name.startswith(below)}
     found |= {name: header[original] for name, original in manifest.tied.items()}
     wanted = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in dense.items()}
@@ -153,22 +204,33 @@ def _serves(found: TensorInfo, wanted: TensorInfo) -> bool:
     return found.dtype == wanted.dtype or (wanted.dtype.is_floating_point and found.dtype in FLOATS)
 
 
-def _read_sites(file: Any, manifest: Manifest) -> dict[str, MixedPrecisionLinear]:
+def _read_sites(file: Any, manifest: Manifest) -> dict[str, Packed]:
     names, orders = set(file.keys()), _read_orders(file, manifest)
-    modules = {}
-    for site, entry in manifest.sites.items():
-        tensors = {p: _read(file, f"{site}.{p}", manifest) if f"{site}.{p}" in names else None for p in PARTS}
+    modules: dict[str, Packed] = {}
+    for site, entry in manifest.entries.items():
+        parts = PARTS if isinstance(entry, SiteEntry) else STACK_PARTS
+        tensors = {p: _read(file, f"{site}.{p}", manifest) if f"{site}.{p}" in names else None for p in parts}
         order = None if entry.permutation is None else orders[entry.permutation]
         try:
-            modules[site] = _packed_module(entry, order, **tensors)
+            if isinstance(entry, SiteEntry):
+                modules[site] = _packed_module(entry, order, **tensors)
+            else:
+                modules[site] = _packed_stack(entry, order, tensors)
         except ValueError as error:
             raise CheckpointError(f"{manifest.weights}, site {site}: {error}") from error
     return modules
 
 
+def _packed_stack(entry: StackEntry, permutation: Tensor | None, parts: Mapping[str, Tensor | None]) -> PackedStack:
+    sizes = {"out_features": entry.out_features, "in_features": entry.in_features}
+    weights = split_stack(parts, **sizes, group_size=entry.group_size)
+    dtype = getattr(torch, entry.dtype)
+    return PackedStack(weights, permutation=permutation, dtype=dtype, transposed=entry.transposed)
+
+
 def _read_orders(file: Any, manifest: Manifest) -> dict[int, Tensor]:
     """Every permutation once: the sites of an input group share it."""
-    sizes = {e.permutation: e.in_features for e in manifest.sites.values() if e.permutation is not None}
+    sizes = {e.permutation: e.in_features for e in manifest.entries.values() if e.permutation is not None}
     orders = {}
     for number, channels in sizes.items():
         orders[number] = _read(file, f"{PERMUTATION}{number}", manifest)
@@ -202,7 +264,7 @@ def _read(file: Any, name: str, manifest: Manifest) -> Tensor:
 
 
 def _read_dense(file: Any, manifest: Manifest, header: Header) -> dict[str, Tensor]:
-    below = (*inside(manifest.sites), PERMUTATION)
+    below = (*inside(manifest.entries), PERMUTATION)
     state = {name: _read(file, name, manifest) for name in header if not name.startswith(below)}
     return state | {name: state[original] for name, original in manifest.tied.items()}
 

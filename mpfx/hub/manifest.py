@@ -15,7 +15,7 @@ import torch
 from mpfx.nn import SEGMENT
 
 FORMAT = "mpfx"
-VERSION = 1
+VERSION, VERSION_WITH_EXPERTS = 1, 2
 MANIFEST = "mpfx.json"
 WEIGHTS = "model.safetensors"
 
@@ -48,6 +48,9 @@ PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
     "bias": FLOATS,
 }
 """Tensors of a packed site and the dtypes that each may have."""
+
+STACK_PARTS: Mapping[str, tuple[torch.dtype, ...]] = {n: dtypes for n, dtypes in PARTS.items() if n != "bias"}
+"""Tensors of packed experts and the dtypes that each may have."""
 
 
 class CheckpointError(ValueError):
@@ -87,20 +90,56 @@ class SiteEntry:
 
 
 @dataclass(frozen=True)
+class StackEntry:
+    """What the manifest says of the packed weights of all experts in the place of one parameter.
+
+    Attributes:
+        experts: number of experts.
+        in_features: input channels of each.
+        out_features: rows of each.
+        group_size: channels per scale; None: all of one width.
+        dtype: name of the dtype of the parameter.
+        transposed: whether the parameter is ``(experts, in, out)`` instead of ``(experts, out, in)``.
+        permutation: number of the channel orders ``(experts, in)``, or None.
+    """
+
+    experts: int
+    in_features: int
+    out_features: int
+    group_size: int | None
+    dtype: str
+    transposed: bool
+    permutation: int | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the parameter."""
+        sizes = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        return (self.experts, *sizes)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The manifest of a checkpoint.
 
     Attributes:
         folder: that it belongs to.
-        sites: packed sites by path.
+        sites: packed linear layers by path.
+        experts: packed stacks of experts by the path of the parameter that each one stands for.
         tied: tensors that are not stored, with the stored tensor whose memory each one shares.
         library: "transformers" or None.
     """
 
     folder: Path
     sites: Mapping[str, SiteEntry]
+    experts: Mapping[str, StackEntry]
     tied: Mapping[str, str]
     library: str | None
+
+    @property
+    def entries(self) -> dict[str, SiteEntry | StackEntry]:
+        """All that is packed, by path."""
+        return {**self.sites, **self.experts}
 
     @property
     def path(self) -> Path:
@@ -119,7 +158,10 @@ class Manifest:
             ValueError: if JSON cannot hold ``extra``.
         """
         sites = {path: asdict(entry) for path, entry in self.sites.items()}
-        data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "segment": SEGMENT, "sites": sites}
+        version = VERSION_WITH_EXPERTS if self.experts else VERSION  # earlier readers know all but the experts
+        data: dict[str, Any] = {"format": FORMAT, "version": version, "segment": SEGMENT, "sites": sites}
+        if self.experts:
+            data["experts"] = {path: asdict(entry) for path, entry in self.experts.items()}
         data |= {"tied": dict(self.tied), "extra": dict(extra)}
         if self.library is not None:
             data["library"] = self.library
@@ -161,10 +203,16 @@ def parse_manifest(folder: Path, text: str | bytes) -> Manifest:
     except ValueError as error:
         raise CheckpointError(f"{path} is not a manifest of mpfx: {error}.") from error
     _check_top(path, data)
-    for site, entry in data["sites"].items():
-        _check_entry(path, site, entry)
-    sites = {site: SiteEntry(**entry) for site, entry in data["sites"].items()}
-    return Manifest(folder, sites, data["tied"], data.get("library"))
+    found_sites, found_experts = data["sites"], data.get("experts", {})
+    for site, entry in found_sites.items():
+        _check_entry(f"{path}, site {site}", entry, _ENTRY)
+    for site, entry in found_experts.items():
+        _check_entry(f"{path}, experts {site}", entry, _STACK_ENTRY)
+    if both := sorted(set(found_sites) & set(found_experts)):
+        raise CheckpointError(f"{path}: expected {both[:5]} in one of `sites` and `experts` but got it in both.")
+    sites = {site: SiteEntry(**entry) for site, entry in found_sites.items()}
+    experts = {site: StackEntry(**entry) for site, entry in found_experts.items()}
+    return Manifest(folder, sites, experts, data["tied"], data.get("library"))
 
 
 def _is(value: Any) -> Callable[[Any], bool]:
@@ -189,6 +237,14 @@ _TOP: _Fields = {
     "library": (lambda v: v is None or v == "transformers", "'transformers' or absent"),
     "extra": (lambda v: isinstance(v, dict), "an object"),
 }
+_TOP_WITH_EXPERTS: _Fields = {
+    **_TOP,
+    "sites": (lambda v: isinstance(v, dict) and "" not in v, "an object with an entry per packed linear layer"),
+    "experts": (
+        lambda v: isinstance(v, dict) and bool(v) and all("." in name.strip(".") for name in v),
+        "an object with an entry per packed parameter `module.name`",
+    ),
+}
 _OPTIONAL: Mapping[str, Any] = {"library": None, "extra": {}}
 _ENTRY: _Fields = {
     "in_features": (_is_positive, "a positive integer"),
@@ -200,6 +256,12 @@ _ENTRY: _Fields = {
     "dtype": (lambda v: isinstance(v, str) and v in _FLOAT_NAMES, f"one of {', '.join(_FLOAT_NAMES)}"),
     "permutation": (lambda v: v is None or (type(v) is int and v >= 0), "null or an integer of at least 0"),
 }
+_STACK_ENTRY: _Fields = {
+    **_ENTRY,
+    "experts": (_is_positive, "a positive integer"),
+    "transposed": (lambda v: isinstance(v, bool), "true or false"),
+}
+assert set(_STACK_ENTRY) == {field.name for field in fields(StackEntry)}
 assert set(_ENTRY) == {field.name for field in fields(SiteEntry)}
 
 
@@ -209,19 +271,20 @@ def _check_top(path: Path, data: Any) -> None:
             f"{path} is not a manifest of mpfx: expected an object with `format` and `version` but got {_short(data)}."
         )
     name, version = data["format"], data["version"]
-    if name != FORMAT or not _is(VERSION)(version):
+    known = [expected for expected in (VERSION, VERSION_WITH_EXPERTS) if _is(expected)(version)]
+    if name != FORMAT or not known:
         raise CheckpointError(
-            f"Expected {path} to be {FORMAT!r} version {VERSION} but got {_short(name)} version {_short(version)}: "
-            "read it with the version of mpfx that wrote it."
+            f"Expected {path} to be {FORMAT!r} version {VERSION} or {VERSION_WITH_EXPERTS} but got {_short(name)} "
+            f"version {_short(version)}: read it with the version of mpfx that wrote it."
         )
     rest = {name: value for name, value in data.items() if name not in ("format", "version")}
-    _check_fields(str(path), {**_OPTIONAL, **rest}, _TOP)
+    _check_fields(str(path), {**_OPTIONAL, **rest}, _TOP if known == [VERSION] else _TOP_WITH_EXPERTS)
 
 
-def _check_entry(path: Path, site: str, entry: Any) -> None:
+def _check_entry(where: str, entry: Any, expected: _Fields) -> None:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{path}: expected the entry of site {site} to be an object but got {_short(entry)}.")
-    _check_fields(f"{path}, site {site}", entry, _ENTRY)
+        raise CheckpointError(f"{where}: expected the entry to be an object but got {_short(entry)}.")
+    _check_fields(where, entry, expected)
 
 
 def _check_fields(where: str, found: Mapping[str, Any], expected: _Fields) -> None:
@@ -263,13 +326,16 @@ def check_header(manifest: Manifest, header: Header) -> None:
         CheckpointError: if a tensor of a site is lacking, unknown, or of another dtype or shape than the manifest
             asks for, or a permutation or tied tensor does not fit.
     """
-    below = inside(manifest.sites)
+    below = inside(manifest.entries)
     for name in header:
         _check_name(manifest, name, below)
-    for site, entry in manifest.sites.items():
-        _check_site(manifest, site, entry, header)
-        _check_permutation(manifest, site, entry, header)
-    used = {f"{PERMUTATION}{entry.permutation}" for entry in manifest.sites.values()}
+    for path, entry in manifest.entries.items():
+        if isinstance(entry, SiteEntry):
+            _check_parts(manifest, f"site {path}", path, _site_shapes(path, entry, header), header)
+        else:
+            _check_parts(manifest, f"experts {path}", path, _stack_shapes(entry), header)
+        _check_permutation(manifest, path, entry, header)
+    used = {f"{PERMUTATION}{entry.permutation}" for entry in manifest.entries.values()}
     if unused := sorted(name for name in header if name.startswith(PERMUTATION) and name not in used):
         raise CheckpointError(f"{manifest.weights} holds {unused[:5]}, which no site of {MANIFEST} uses.")
     for name, original in manifest.tied.items():
@@ -283,42 +349,60 @@ def _check_name(manifest: Manifest, name: str, below: tuple[str, ...]) -> None:
             f"{PERMUTATION}<number>."
         )
     site, _, part = name.rpartition(".")
-    if name.startswith(below) and not (site in manifest.sites and part in PARTS):
+    parts = STACK_PARTS if site in manifest.experts else PARTS
+    if name.startswith(below) and not (site in manifest.entries and part in parts):
         raise CheckpointError(
-            f"{manifest.weights} holds {name}, but below a packed site it may hold only {', '.join(PARTS)}."
+            f"{manifest.weights} holds {name}, but below a packed site it may hold only {', '.join(parts)}."
         )
+    if name in manifest.experts:
+        raise CheckpointError(f"{manifest.weights} holds {name}, but {MANIFEST} says that it is packed.")
 
 
 _REQUIRED = ("codes", "scales", "widths")
+_Shapes = Mapping[str, tuple[int | None, ...]]  # None: any, for now
 
 
-def _check_site(manifest: Manifest, site: str, entry: SiteEntry, header: Header) -> None:
+def _site_shapes(site: str, entry: SiteEntry, header: Header) -> _Shapes:
     rows, segments = entry.out_features, -(-entry.in_features // SEGMENT)
-    masked = f"{site}.mask" in header
-    shapes: dict[str, tuple[int | None, ...]] = {  # None: any, for now
-        "codes": (None,) if masked else (rows, None),
+    return {
+        "codes": (None,) if f"{site}.mask" in header else (rows, None),
         "scales": (rows, None),
         "zeros": (None,),
         "mask": (rows, segments),
         "widths": (segments,),
         "bias": (rows,),
     }
-    for part, dtypes in PARTS.items():
-        found = header.get(f"{site}.{part}")
+
+
+def _stack_shapes(entry: StackEntry) -> _Shapes:
+    segments = -(-entry.in_features // SEGMENT)
+    return {
+        "codes": (None,),
+        "scales": (None,),
+        "zeros": (None,),
+        "mask": (entry.experts, entry.out_features, segments),
+        "widths": (entry.experts, segments),
+    }
+
+
+def _check_parts(manifest: Manifest, where: str, path: str, shapes: _Shapes, header: Header) -> None:
+    for part, shape in shapes.items():
+        found = header.get(f"{path}.{part}")
         if found is None and part in _REQUIRED:
-            raise CheckpointError(f"{manifest.weights}, site {site}: `{part}` is missing.")
-        if found is not None and not (found.dtype in dtypes and _fits(found.shape, shapes[part])):
-            _refuse(manifest, f"site {site}: Expected `{part}`", dtypes, shapes[part], found)
+            raise CheckpointError(f"{manifest.weights}, {where}: `{part}` is missing.")
+        if found is not None and not (found.dtype in PARTS[part] and _fits(found.shape, shape)):
+            _refuse(manifest, f"{where}: Expected `{part}`", PARTS[part], shape, found)
 
 
-def _check_permutation(manifest: Manifest, site: str, entry: SiteEntry, header: Header) -> None:
+def _check_permutation(manifest: Manifest, path: str, entry: SiteEntry | StackEntry, header: Header) -> None:
     if entry.permutation is None:
         return
     name = f"{PERMUTATION}{entry.permutation}"
     if name not in header:
-        raise CheckpointError(f"{manifest.weights}, site {site}: `{name}` is missing.")
-    if header[name].dtype not in _INTEGERS or header[name].shape != (entry.in_features,):
-        _refuse(manifest, f"site {site}: Expected `{name}`", _INTEGERS, (entry.in_features,), header[name])
+        raise CheckpointError(f"{manifest.weights}, site {path}: `{name}` is missing.")
+    shape = (entry.in_features,) if isinstance(entry, SiteEntry) else (entry.experts, entry.in_features)
+    if header[name].dtype not in _INTEGERS or header[name].shape != shape:
+        _refuse(manifest, f"site {path}: Expected `{name}`", _INTEGERS, shape, header[name])
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -341,7 +425,7 @@ def _refuse(
 
 def _check_tied(manifest: Manifest, name: str, original: str, header: Header, below: tuple[str, ...]) -> None:
     where = f"{manifest.path}, `tied`: {name} -> {original}"
-    if name.startswith((*below, PERMUTATION)) or original.startswith((*below, PERMUTATION)):
+    if name.startswith((*below, PERMUTATION)) or original.startswith((*below, PERMUTATION)) or name in manifest.experts:
         raise CheckpointError(f"{where}: expected tensors outside the packed sites.")
     if name in header:
         raise CheckpointError(f"{where}: expected a tensor that is not stored, but {WEIGHTS} holds {name}.")

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpfx.hub.contents import CONFIG, GENERATION, check_order, collect, packed_sites
-from mpfx.hub.manifest import DTYPES, MANIFEST, WEIGHTS, TensorInfo, check_header, parse_manifest
+from mpfx.hub.contents import CONFIG, GENERATION, Packed, check_order, collect, packed_sites
+from mpfx.hub.manifest import DTYPES, MANIFEST, STACK_PARTS, WEIGHTS, TensorInfo, check_header, parse_manifest
 from mpfx.nn import MixedPrecisionLinear, validate
+from mpfx.nn.experts import PackedExperts, split_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,8 @@ def save(
     written whole before the first one of an earlier checkpoint is replaced: if that fails, the earlier one stands.
 
     Args:
-        model: any module; its :class:`mpfx.nn.MixedPrecisionLinear` are stored packed, all else as it is.
+        model: any module; its :class:`mpfx.nn.MixedPrecisionLinear` and the stacks of its
+            :class:`mpfx.nn.experts.PackedExperts` are stored packed, all else as it is.
         path: folder; made if needed. An earlier checkpoint in it is replaced.
         tokenizer: to store along.
         extra: plain data for the manifest, under "extra".
@@ -65,11 +67,17 @@ def save(
     return sum(t.nbytes for t in tensors.values())
 
 
-def _check_savable(model: nn.Module, sites: Mapping[str, nn.Module], folder: Path) -> None:
+def _check_savable(model: nn.Module, sites: Mapping[str, Packed], folder: Path) -> None:
     if not sites:
         raise ValueError("Expected a model with packed modules but found none: compress it first.")
-    if "" in sites:
+    if "" in sites or isinstance(model, PackedExperts):
         raise ValueError("Expected a model with packed modules but got a packed module itself: wrap it in a model.")
+    for path, module in sites.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if not isinstance(module, MixedPrecisionLinear) and not isinstance(owner, PackedExperts):
+            raise ValueError(
+                f"Expected packed experts inside of PackedExperts but {path} is in {type(owner).__name__}."
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise ValueError(f"Expected a dense tensor with values but {name} is {tensor.layout} on {tensor.device}.")
@@ -81,11 +89,16 @@ def _check_savable(model: nn.Module, sites: Mapping[str, nn.Module], folder: Pat
         )
 
 
-def _check_values(sites: Mapping[str, MixedPrecisionLinear]) -> None:
+def _check_values(sites: Mapping[str, Packed]) -> None:
     """Refuse values that :func:`load` would refuse."""
     for path, module in sites.items():
         try:
-            validate(module.packed)
+            if isinstance(module, MixedPrecisionLinear):
+                validate(module.packed)
+            else:
+                sizes = {"out_features": module.out_features, "in_features": module.in_features}
+                parts = {name: getattr(module, name) for name in STACK_PARTS}
+                split_stack(parts, **sizes, group_size=module.layouts[0].group_size)
             if module.permutation is not None:
                 check_order(module.permutation.cpu(), module.in_features, "permutation")
         except ValueError as error:

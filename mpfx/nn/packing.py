@@ -85,6 +85,12 @@ class QuantizedWeight:
     kept: Tensor | None
     layout: Layout
 
+    def rows(self, index: slice | Tensor) -> "QuantizedWeight":
+        """Some of the rows, or all of them in another order."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        kept = None if self.kept is None else self.kept[index]
+        return QuantizedWeight(self.codes[index], self.scales[index], zeros, kept, self.layout)
+
     def dequantize(self) -> Tensor:
         """Return the weight ``(out, in)`` in float32, exactly 0 where it is pruned."""
         weight = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
@@ -163,6 +169,11 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
         kept=kept,
         layout=packed.layout,
     )
+
+
+def reordered_rows(packed: PackedWeight, order: Tensor) -> PackedWeight:
+    """A packed weight whose row i is row ``order[i]`` of the given one, ``(out,)``."""
+    return pack(unpack(packed).rows(order.to(packed.codes.device)))
 
 
 def _pack_rows(weight: QuantizedWeight) -> Tensor:

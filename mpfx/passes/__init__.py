@@ -3,28 +3,36 @@
 from mpfx.passes.allocate import Allocate, check_feasible
 from mpfx.passes.base import Pass, PassError, PassResult, run_passes
 from mpfx.passes.config import CompressionConfig
-from mpfx.passes.locate import LocateSites, annotated, located
-from mpfx.passes.observe import observed, padding_mask
-from mpfx.passes.pack import Pack
+from mpfx.passes.locate import FindProducers, GroupInputs, LocateSites, analysis, located
+from mpfx.passes.observe import finalised, observed, padding_masks
+from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.preflight import located_graph
+from mpfx.passes.scale import FoldScales
+from mpfx.passes.scope import Scope
 from mpfx.passes.solve import PruneAndQuantize, SolvedGroup, solve_group, solved_groups
 
 __all__ = [
     "Allocate",
     "CompressionConfig",
+    "FindProducers",
+    "FoldPermutations",
+    "FoldScales",
+    "GroupInputs",
     "LocateSites",
     "Pack",
     "Pass",
     "PassError",
     "PassResult",
     "PruneAndQuantize",
+    "Scope",
     "SolvedGroup",
-    "annotated",
+    "analysis",
     "check_feasible",
+    "finalised",
     "located",
     "located_graph",
     "observed",
-    "padding_mask",
+    "padding_masks",
     "run_passes",
     "solve_group",
     "solved_groups",

@@ -6,36 +6,38 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from mpfx.allocate import (
     GroupPlan,
     block_means,
     budget,
     code_bits_per_weight,
+    confined_order,
     fixed,
     importance,
+    is_free,
     quantile,
     signals,
     stored_bits_per_weight,
     threshold,
 )
-from mpfx.graph import InputGroup, blocks, linear_weight
+from mpfx.graph import InputGroup, PermutationFold, blocks, traced_module
 from mpfx.nn.layout import RAW_BITS, SEGMENT, WIDTHS
-from mpfx.passes.base import PassResult
+from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.config import CompressionConfig
-from mpfx.passes.locate import GROUP, annotated, located
+from mpfx.passes.locate import FOLD, annotate, annotations, located, naming_sites
 from mpfx.solve import factorise
 from mpfx.stats import Moments
 
 PLAN = "mpfx_plan"
-"""Key of ``node.meta`` under which a group's first site holds its :class:`mpfx.allocate.GroupPlan`."""
+"""Key of ``node.meta`` under which a group's plan (:class:`mpfx.allocate.GroupPlan`) lies, by the group's name."""
 
 logger = logging.getLogger("mpfx.allocate")
 
 
 @dataclass(frozen=True)
-class Allocate:
+class Allocate(Pass):
     """Annotate every located input group with its plan.
 
     Args:
@@ -50,7 +52,13 @@ class Allocate:
         """Groups are located, and observed where the strategy needs it."""
         groups = located(gm)
         if not groups:
-            raise ValueError("Expected located sites: run LocateSites before.")
+            raise ValueError("Expected input groups: run LocateSites and GroupInputs before.")
+        hooked = [p for p, m in _site_modules(gm).items() if m._forward_hooks or m._forward_pre_hooks]
+        if hooked:
+            raise ValueError(
+                f"Expected no forward hooks on sites, as packed modules would not run them, but {hooked[:5]} got some "
+                "since the trace: remove them, register them before, or exclude these sites (`scope.exclude`)."
+            )
         if self.config.scored and (lacking := [g.name for g in groups if g.name not in self.moments]):
             raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
 
@@ -59,10 +67,8 @@ class Allocate:
         plans: dict[str, GroupPlan] = {}
         for target, groups in domains(gm, self.config):
             scores = {g.name: self._score(gm, g) for g in groups} if self.config.scored else {}
-            drafts = [Draft(self.config, g, scores.get(g.name)) for g in groups]
-            plans.update({plan.name: plan for plan in allocate(drafts, target, self.config)})
-        for node in annotated(gm, GROUP):
-            node.meta[PLAN] = plans[node.meta[GROUP].name]
+            plans.update({plan.name: plan for plan in allocate(_drafts(gm, groups, self.config, scores), target)})
+        annotate(gm, PLAN, [(group.sites[0], group.name, plans[group.name]) for group in located(gm)])
         return PassResult(gm, modified=False)
 
     def ensures(self, gm: fx.GraphModule) -> None:
@@ -70,24 +76,38 @@ class Allocate:
         if self.config.allocation not in ("fixed", "budget"):
             return
         measure = stored_bits_per_weight if self.config.code_bits is None else code_bits_per_weight
-        plans = {node.meta[PLAN].name: node.meta[PLAN] for node in annotated(gm, PLAN)}
+        plans = annotations(gm, PLAN)
         for target, groups in domains(gm, self.config):
             size = measure([plans[g.name] for g in groups])
             if size > target + 1e-9:
                 raise ValueError(f"the plan takes {size:.4f} bits per weight, above the {target:g} asked for.")
 
     def _score(self, gm: fx.GraphModule, group: InputGroup) -> Tensor:
-        weight = torch.cat([linear_weight(gm.get_submodule(s.path)).detach().float() for s in group.sites])
-        moments = self.moments[group.name]
-        try:
+        weight, moments = stacked_weight(traced_module(gm), group), self.moments[group.name]
+        with naming_sites(group):
             factor = factorise(moments.hessian, self.config.damping)
-        except ValueError as error:
-            raise ValueError(f"sites {', '.join(site.path for site in group.sites)}: {error}") from error
         parts = signals(weight, moments, factor.inverse_diagonal)
         score = importance(parts, self.config.importance)
         for name, part in (*parts.items(), ("importance", score)):
             logger.debug("%s: %s %.4g .. %.4g", group.name, name, float(part.min()), float(part.max()))
         return score
+
+
+def _site_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    paths = dict.fromkeys(site.module for group in located(gm) for site in group.sites)
+    return {path: traced_module(gm).get_submodule(path) for path in paths}
+
+
+def _drafts(
+    gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, scores: Mapping[str, Tensor]
+) -> list["Draft"]:
+    folds = annotations(gm, FOLD) if config.fold_permutations else {}
+    return [Draft(config, group, scores.get(group.name), folds.get(group.name)) for group in groups]
+
+
+def stacked_weight(model: nn.Module, group: InputGroup) -> Tensor:
+    """The weights of all sites of a group one below the other, ``(rows, in)`` float32."""
+    return torch.cat([site.weight(model).detach().float() for site in group.sites])
 
 
 def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
@@ -101,7 +121,7 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
         return
     for target, groups in shared:
         widths = (*WIDTHS, RAW_BITS) if config.allocation == "fixed" else config.tiers.widths
-        drafts = [Draft(config, group, None) for group in groups]
+        drafts = _drafts(gm, groups, config, {})
         least, most = (
             stored_bits_per_weight([d.plan(torch.full((d.segments,), w)) for d in drafts])
             for w in (widths[0], widths[-1])
@@ -138,18 +158,36 @@ class Draft:
     """An input group on the way to its plan: its segments, ranked by score.
 
     Channels are ranked by their score and cut into segments of 32; a segment's score is the mean of its channels'.
+    Where a fold keeps channels inside cells (heads), they are ranked inside of these, and segments that could share a
+    group of scales share one score, as neighbours of different widths would take two.
     """
 
-    def __init__(self, config: CompressionConfig, group: InputGroup, score: Tensor | None) -> None:
+    def __init__(
+        self, config: CompressionConfig, group: InputGroup, score: Tensor | None, fold: PermutationFold | None = None
+    ) -> None:
         self.config, self.group = config, group
         self.channels = group.sites[0].in_features
         self.segments = -(-self.channels // SEGMENT)
+        self.fold = fold
+        if fold is not None and not is_free(fold) and config.grid.group_size is None:
+            self.fold = None  # row scales: one for every stretch of equal width, so these have to be long
+        self.confined = self.fold is not None and not is_free(self.fold)
         ranked = torch.ones(self.channels) if score is None else score.cpu()
         if config.pattern.group_m:
             ranked = block_means(ranked, config.pattern.group_m)
-        self.order = ranked.argsort(descending=True, stable=True)
+        self.arrangement = self._arrangement(ranked) if score is not None else None
+        self.order = ranked.argsort(descending=True, stable=True) if self.arrangement is None else self.arrangement
+        if self.confined and self.arrangement is None:
+            self.order = torch.arange(self.channels)
         parts = ranked[self.order].split(SEGMENT)
         self.scores, self.sizes = torch.stack([part.mean() for part in parts]), [len(part) for part in parts]
+        if self.confined and config.grid.group_size is not None:
+            self.scores = block_means(self.scores, config.grid.group_size // SEGMENT)
+
+    def _arrangement(self, ranked: Tensor) -> Tensor | None:
+        if self.fold is None or not self.confined or self.config.pattern.group_m:
+            return None
+        return confined_order(self.fold, ranked)
 
     @property
     def numel(self) -> int:
@@ -167,17 +205,24 @@ class Draft:
             sparsity=self.config.pattern,
             activation_order=self.config.activation_order,
             grid=self.config.grid,
+            fold=self.fold,
+            arrangement=self._stacked_order(bits) if self.arrangement is None else self.arrangement,
         )
 
+    def _stacked_order(self, bits: Tensor) -> Tensor | None:
+        """The natural order of an expert that needs no other, where its neighbours may: a stack stores all or none."""
+        alone = self.group.sites[0].stack is None or not self.config.scored or self.config.activation_order
+        return None if alone or bool((bits != bits[0]).any()) else torch.arange(self.channels)
 
-def allocate(drafts: Sequence[Draft], target: float, config: CompressionConfig) -> list[GroupPlan]:
+
+def allocate(drafts: Sequence[Draft], target: float) -> list[GroupPlan]:
     """Plan the groups that share one budget.
 
     Args:
-        drafts: the groups.
+        drafts: the groups, of one config.
         target: stored bits per weight, or average code bits, as the config says.
-        config: strategy and widths.
     """
+    config = drafts[0].config
     if config.allocation == "threshold":
         return [draft.plan(threshold(draft.scores, config.threshold)) for draft in drafts]
     if config.allocation == "quantile":

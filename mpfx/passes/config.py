@@ -7,6 +7,8 @@ from typing import Literal
 from mpfx.allocate.importance import ImportanceConfig
 from mpfx.allocate.strategies import ThresholdConfig, TierConfig
 from mpfx.nn.layout import RAW_BITS, WIDTHS
+from mpfx.passes.base import Pass
+from mpfx.passes.scope import Scope
 from mpfx.solve.grid import GridConfig
 from mpfx.solve.mask import Sparsity
 
@@ -34,8 +36,13 @@ class CompressionConfig:
             reported.
         order: order of the sweep within a width. activation: largest inputs first; natural: as they come (no
             permutation to store, if all widths are equal); auto: natural for n:m sparsity, else activation.
-        dense: patterns of module paths that stay as they are.
-        compress_head: also compress the output head; one that is tied to the embedding always stays dense.
+        fold_permutations: give channels a new order by reordering the rows that make them, wherever the graph allows
+            it; elsewhere the order is stored and the input gathered.
+        fold_scales: before rounding, scale channels by a power of the size of their activations where the graph allows
+            to divide it out again for free, if that lowers the error. null: where nothing is pruned.
+        scope: what is compressed at all.
+        passes: passes of your own, by import path; run after the analysis and before anything is measured.
+        strict: refuse whatever would be done otherwise than asked, instead of reporting it.
     """
 
     bits_per_weight: float | None = None
@@ -49,8 +56,11 @@ class CompressionConfig:
     grid: GridConfig = field(default_factory=GridConfig)
     damping: float = 0.01
     order: Literal["auto", "activation", "natural"] = "auto"
-    dense: tuple[str, ...] = ()
-    compress_head: bool = False
+    fold_permutations: bool = True
+    fold_scales: bool | None = None
+    scope: Scope = field(default_factory=Scope)
+    passes: tuple[Pass, ...] = ()
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if (self.bits_per_weight is None) == (self.code_bits is None):
@@ -96,13 +106,22 @@ class CompressionConfig:
             raise ValueError(f"Expected `{name}` to be above 0 and at most 16 but got {bits}.")
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Code widths that the allocation chooses from, the narrowest first."""
+        return {"threshold": self.threshold.widths, "fixed": WIDTHS}.get(self.allocation, self.tiers.widths)
+
+    @property
     def least_bits_per_weight(self) -> float:
         """Stored bits that no weight can do without under this config, whatever its shape."""
-        widths = {"threshold": self.threshold.widths, "fixed": WIDTHS}.get(self.allocation, self.tiers.widths)
-        codes = widths[0] * (1 - self.pattern.fraction) + (1 if self.pattern else 0)
-        if self.grid.group_size is None or widths[0] == RAW_BITS:
-            return codes
-        return codes + (16 + (0 if self.grid.symmetric else widths[0])) / self.grid.group_size
+        return self.widths[0] * (1 - self.pattern.fraction) + self._overhead
+
+    @property
+    def _overhead(self) -> float:
+        """Stored bits per weight for masks, and for scales and zero points of the narrowest width."""
+        mask = 1.0 if self.pattern else 0.0
+        if self.grid.group_size is None or self.widths[0] == RAW_BITS:
+            return mask
+        return mask + (16 + (0 if self.grid.symmetric else self.widths[0])) / self.grid.group_size
 
     @property
     def target(self) -> float:
@@ -118,8 +137,21 @@ class CompressionConfig:
 
     @property
     def scored(self) -> bool:
-        """Whether the allocation needs importance scores, hence statistics of the dense model."""
+        """Whether the allocation needs importance scores."""
         return self.allocation != "fixed"
+
+    @property
+    def measured(self) -> bool:
+        """Whether statistics of the dense model are needed before bits are given."""
+        return self.scored or self.scaled
+
+    @property
+    def scaled(self) -> bool:
+        """Whether channels are scaled before rounding.
+
+        Measured (README): it helps rounding at every width; with a mask, whose choice it disturbs, it hurts.
+        """
+        return not self.pattern if self.fold_scales is None else self.fold_scales
 
     @property
     def activation_order(self) -> bool:

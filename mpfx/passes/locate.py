@@ -1,65 +1,114 @@
-"""Find what to compress and annotate it."""
+"""Analysis passes: find what to compress, what reads the same value, and what made it. They only annotate."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from mpfx.graph import InputGroup, input_groups, sites, traced_module
-from mpfx.passes.base import PassResult
+from mpfx.graph import (
+    InputGroup,
+    Site,
+    calling_node,
+    input_groups,
+    permutation_folds,
+    sites,
+    traced_module,
+)
+from mpfx.passes.base import Pass, PassResult
+from mpfx.passes.scope import Scope, few
+
+SITE = "mpfx_site"
+"""Key of ``node.meta`` under which a node holds the :class:`mpfx.graph.Site` entries to compress, by path."""
 
 GROUP = "mpfx_group"
-"""Key of ``node.meta`` under which a group's first site holds the :class:`mpfx.graph.InputGroup`."""
+"""Key under which the node of a group's first site holds the :class:`mpfx.graph.InputGroup`, by name."""
+
+FOLD = "mpfx_fold"
+"""Key under which it holds the :class:`mpfx.graph.PermutationFold` of the group, by the group's name."""
 
 
 @dataclass(frozen=True)
-class LocateSites:
-    """Annotate every input group that is to be compressed, at the node of its first site.
+class LocateSites(Pass):
+    """Annotate every site that is to be compressed.
 
     Args:
-        dense: patterns of module paths (``fnmatch``) that stay as they are.
-        compress_head: whether output heads are compressed too.
+        scope: which ones.
     """
 
-    dense: Collection[str] = ()
-    compress_head: bool = False
+    scope: Scope = field(default_factory=Scope)
 
     def requires(self, gm: fx.GraphModule) -> None:
-        """Every pattern has to match a site: one that does not is a typing error."""
-        paths = [site.path for site in sites(gm)]
-        for pattern in self.dense:
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                raise ValueError(
-                    f"Expected `dense` to match Linear modules but {pattern!r} matches none of {_few(paths)}."
-                )
+        """Every pattern has to match a site."""
+        self.scope.check(sites(gm))
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Annotate."""
-        nodes = {str(node.target): node for node in reversed(gm.graph.nodes) if node.op == "call_module"}
-        for group in input_groups(gm, self.reasons(gm).keys()):
-            nodes[group.sites[0].path].meta[GROUP] = group
+        dense = self.reasons(gm)
+        annotate(gm, SITE, [(site, site.path, site) for site in sites(gm) if site.path not in dense])
         return PassResult(gm, modified=False)
-
-    def reasons(self, gm: fx.GraphModule) -> dict[str, str]:
-        """Why Linears stay as they are, by module path."""
-        heads = set() if self.compress_head else output_heads(traced_module(gm))
-        found = {}
-        for site in sites(gm):
-            if site.dense_reason:
-                found[site.path] = site.dense_reason
-            elif site.path in heads:
-                found[site.path] = "it is the output head (`compress_head`)"
-            elif any(fnmatchcase(site.path, pattern) for pattern in self.dense):
-                found[site.path] = "it was named to stay dense (`dense`)"
-        return found
 
     def ensures(self, gm: fx.GraphModule) -> None:
         """Something has to be left to compress."""
-        if not located(gm):
+        if not annotations(gm, SITE):
             found = [f"{path} ({reason})" for path, reason in self.reasons(gm).items()]
-            raise ValueError(f"no Linear is left to compress; found {_few(found)}.")
+            raise ValueError(f"no Linear is left to compress; found {few(found)}.")
+
+    def reasons(self, gm: fx.GraphModule) -> dict[str, str]:
+        """Why sites stay as they are, by path."""
+        heads = output_heads(traced_module(gm))
+        found = {site.path: site.dense_reason or self.scope.reason(site, heads) for site in sites(gm)}
+        partial = {site.stack: site.path for site in sites(gm) if site.stack is not None and found[site.path]}
+        for site in sites(gm):  # experts of one parameter are stored as one stack
+            if site.stack in partial and not found[site.path]:
+                found[site.path] = f"{partial[site.stack]}, which is stored with it, stays dense"
+        return {path: reason for path, reason in found.items() if reason}
+
+
+@dataclass(frozen=True)
+class GroupInputs(Pass):
+    """Annotate every input group of the located sites, at the node of its first one."""
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Sites are located."""
+        if not annotations(gm, SITE):
+            raise ValueError("Expected located sites: run LocateSites before.")
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Annotate."""
+        chosen = annotations(gm, SITE)
+        groups = input_groups(gm, skip=[site.path for site in sites(gm) if site.path not in chosen])
+        annotate(gm, GROUP, [(group.sites[0], group.name, group) for group in groups])
+        return PassResult(gm, modified=False)
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        """Every located site is in one group."""
+        grouped = [site.path for group in located(gm) for site in group.sites]
+        if sorted(grouped) != sorted(annotations(gm, SITE)):
+            raise ValueError("some located sites are in no input group, or in several.")
+
+
+@dataclass(frozen=True)
+class FindProducers(Pass):
+    """Annotate the input groups whose channels can be reordered by reordering rows of the sites that make them."""
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Input groups are known."""
+        if not located(gm):
+            raise ValueError("Expected input groups: run LocateSites and GroupInputs before.")
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Annotate."""
+        folds = {frozenset(fold.sites): fold for fold in permutation_folds(gm)}
+        found = [(g, folds.get(frozenset(site.path for site in g.sites))) for g in located(gm)]
+        annotate(gm, FOLD, [(group.sites[0], group.name, fold) for group, fold in found if fold is not None])
+        return PassResult(gm, modified=False)
+
+
+def analysis(scope: Scope | None = None) -> list[Pass]:
+    """The analysis passes in their order; everything is in scope if none is given."""
+    return [LocateSites(scope or Scope()), GroupInputs(), FindProducers()]
 
 
 def output_heads(model: nn.Module) -> set[str]:
@@ -69,16 +118,32 @@ def output_heads(model: nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if any(module is head for head in heads)}
 
 
-def _few(items: list[str]) -> str:
-    shown = ", ".join(items[:8]) or "no Linear at all"
-    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+def annotate(gm: fx.GraphModule, key: str, entries: Sequence[tuple[Site, str, Any]]) -> None:
+    """Write annotations anew: ``(site, name, value)`` goes under ``name`` to the node that calls the site."""
+    for node in gm.graph.nodes:
+        node.meta.pop(key, None)
+    for site, name, value in entries:
+        calling_node(gm, site).meta.setdefault(key, {})[name] = value
 
 
-def annotated(gm: fx.GraphModule, key: str) -> Iterator[fx.Node]:
-    """Nodes that carry an annotation, in graph order."""
-    return (node for node in gm.graph.nodes if key in node.meta)
+def annotations(gm: fx.GraphModule, key: str) -> dict[str, Any]:
+    """All annotations of one kind by name, in graph order."""
+    return {name: value for entries in _entries(gm, key) for name, value in entries.items()}
+
+
+def _entries(gm: fx.GraphModule, key: str) -> Iterator[Mapping[str, Any]]:
+    return (node.meta[key] for node in gm.graph.nodes if key in node.meta)
 
 
 def located(gm: fx.GraphModule) -> list[InputGroup]:
     """Annotated input groups in the order of solving."""
-    return [node.meta[GROUP] for node in annotated(gm, GROUP)]
+    return list(annotations(gm, GROUP).values())
+
+
+@contextmanager
+def naming_sites(group: InputGroup) -> Iterator[None]:
+    """Put the paths of a group's sites before what goes wrong inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"sites {', '.join(site.path for site in group.sites)}: {error}") from error

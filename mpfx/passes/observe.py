@@ -1,55 +1,132 @@
 """Statistics of the inputs of sites, taken while the model runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
-from mpfx.graph import InputGroup
-from mpfx.stats import MomentAccumulator
+from mpfx.graph import InputGroup, expert_modules, inputs_behind, traced_module, watch_experts
+from mpfx.passes.locate import naming_sites
+from mpfx.stats import MomentAccumulator, Moments, pooled, topped_up
+
+Accumulators = dict[str, MomentAccumulator]
 
 
-def padding_mask(values: Mapping[str, Any]) -> Tensor | None:
-    """Return the ``(batch, length)`` attention mask among a model's inputs, if there is one.
+Masks = Mapping[str, Tensor]
+"""``(batch, length)`` masks by the name of the model's input."""
+
+_MASK, _DECODER = "attention_mask", "decoder_"
+
+
+def padding_masks(values: Mapping[str, Any]) -> Masks:
+    """Return the attention masks among a model's inputs.
 
     Padding tells nothing about the inputs that matter, so its tokens weigh nothing in the statistics.
     """
-    mask = values.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    found = {name: values.get(name) for name in (_MASK, _DECODER + _MASK)}
+    return {name: mask for name, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
 
 
 @contextmanager
 def observed(
-    model: nn.Module, groups: Sequence[InputGroup], mask: Callable[[], Tensor | None] = lambda: None
-) -> Iterator[dict[str, MomentAccumulator]]:
+    gm: fx.GraphModule, groups: Sequence[InputGroup], masks: Callable[[], Masks] = dict
+) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
     Args:
-        model: whose submodules the groups' paths name.
-        groups: to observe, each at its first site.
-        mask: called for every input; returns the current batch's padding mask. Inputs of another number of tokens
-            (the other side of an encoder-decoder model) count in full.
+        gm: traced module; model or graph may then run.
+        groups: to observe, each at its first site; experts with the tokens that are routed to them.
+        masks: called for every input; returns the current batch's padding masks. Inputs of another number of tokens
+            (one expert's share) count in full.
     """
-    moments: dict[str, MomentAccumulator] = {}
+    moments: Accumulators = {}
+    mask_of = {group.name: _mask_name(inputs_behind(gm, group.sites[0])) for group in groups}
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if name not in moments:
-                moments[name] = MomentAccumulator(x.shape[-1], x.device)
-            weights = mask()
-            if weights is not None and weights.numel() * x.shape[-1] != x.numel():
-                weights = None
-            with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
-                moments[name].update(x, weights)
+    def add(name: str, x: Tensor) -> None:
+        if name not in moments:
+            moments[name] = MomentAccumulator(x.shape[-1], x.device)
+        weights = masks().get(mask_of[name])
+        if weights is not None and weights.numel() * x.shape[-1] != x.numel():
+            weights = None
+        with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
+            moments[name].update(x, weights)
 
-        return hook
-
+    model = traced_module(gm)
     with ExitStack() as hooks:
         for group in groups:
-            site = model.get_submodule(group.sites[0].path)
-            handle = site.register_forward_pre_hook(hook_for(group.name), with_kwargs=True)
-            hooks.callback(handle.remove)
+            if group.sites[0].stack is None:
+                module = model.get_submodule(group.sites[0].path)
+                handle = module.register_forward_pre_hook(_reader(group.name, add), with_kwargs=True)
+                hooks.callback(handle.remove)
+        wanted = {group.name for group in groups}
+        for path in dict.fromkeys(s.module for group in groups for s in group.sites if s.stack is not None):
+            facts = expert_modules(gm)[path]
+            hooks.enter_context(watch_experts(model.get_submodule(path), facts, _sink(path, wanted, add)))
         yield moments
+
+
+def _mask_name(inputs: frozenset[str]) -> str:
+    """Which mask belongs to what depends on these inputs: what the decoder's tokens take part in is as long as they."""
+    return _DECODER + _MASK if any(name.startswith(_DECODER) for name in inputs) else _MASK
+
+
+def _reader(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
+    """A forward pre-hook that hands on what a linear layer reads."""
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        add(name, args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+def _sink(path: str, wanted: set[str], add: Callable[[str, Tensor], None]) -> Callable[[str, int, Tensor], None]:
+    """Takes what one expert reads."""
+
+    def sink(parameter: str, index: int, x: Tensor) -> None:
+        name = f"{path}.{parameter}.{index}"
+        if name in wanted and x.shape[0]:
+            add(name, x)
+
+    return sink
+
+
+def finalised(
+    accumulators: MutableMapping[str, MomentAccumulator], groups: Sequence[InputGroup]
+) -> Iterator[tuple[InputGroup, Moments | None, str | None]]:
+    """Take the statistics out of their accumulators, one group at a time, as Hessians are large.
+
+    An expert that saw fewer tokens than it has input channels is topped up with those of all experts of its stack.
+
+    Args:
+        accumulators: by name of the group; emptied.
+        groups: to hand over.
+
+    Yields:
+        The group, its moments (None: it was never called), and what had to be done about too few tokens.
+
+    Raises:
+        ValueError: naming the sites, if all tokens were padding.
+    """
+    stacks: dict[Any, list[InputGroup]] = defaultdict(list)
+    for group in groups:
+        stacks[group.sites[0].stack or group.name].append(group)
+    for members in stacks.values():
+        seen = [accumulators[group.name] for group in members if group.name in accumulators]
+        pool = pooled(seen).finalise() if seen and members[0].sites[0].stack is not None else None
+        for group in members:
+            with naming_sites(group):
+                moments, note = _taken(accumulators.pop(group.name, None), pool, group.sites[0].in_features)
+            yield group, moments, note
+
+
+def _taken(
+    accumulator: MomentAccumulator | None, pool: Moments | None, needed: int
+) -> tuple[Moments | None, str | None]:
+    if pool is None:
+        return (None if accumulator is None else accumulator.finalise()), None
+    if accumulator is not None and accumulator.tokens >= needed:
+        return accumulator.finalise(), None
+    return topped_up(accumulator.finalise() if accumulator and accumulator.tokens else None, pool, needed)

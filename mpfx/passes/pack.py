@@ -1,51 +1,183 @@
-"""Install packed modules in the user's own model."""
+"""Install packed modules in the user's own model, and get rid of the gathers that reordering rows makes needless."""
 
-from dataclasses import dataclass
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 
-from mpfx.nn import MixedPrecisionLinear
-from mpfx.passes.base import PassResult
-from mpfx.passes.locate import annotated
+from mpfx.graph import ExpertStack, PermutationFold, linear_weight, row_order, sites, traced_module
+from mpfx.nn import MixedPrecisionLinear, PackedExperts, PackedStack, reordered_rows
+from mpfx.passes.base import Pass, PassResult
+from mpfx.passes.locate import annotate, annotations, located
 from mpfx.passes.solve import SOLVED, SolvedGroup
 
 
 @dataclass(frozen=True)
-class Pack:
-    """Put a :class:`mpfx.nn.MixedPrecisionLinear` in the place of every solved site.
+class Pack(Pass):
+    """Put a :class:`mpfx.nn.MixedPrecisionLinear` in the place of every solved linear layer.
 
-    All modules are made before the first one is installed, so a failure leaves the model as it was.
+    Experts become a :class:`mpfx.nn.PackedExperts` around the code of their module. All modules are made before the
+    first one is installed, so a failure leaves the model as it was.
     """
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Something is solved."""
-        if not any(annotated(gm, SOLVED)):
+        if not annotations(gm, SOLVED):
             raise ValueError("Expected solved sites: run PruneAndQuantize before.")
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Replace."""
-        modules: dict[str, MixedPrecisionLinear] = {}
-        for node in annotated(gm, SOLVED):
-            modules.update(packed_modules(gm, node.meta[SOLVED]))
-        for path, module in modules.items():
-            gm.set_submodule(path, module)
-        return PassResult(gm, modified=True)
+        groups = annotations(gm, SOLVED).values()
+        modules: dict[str, nn.Module] = {}
+        for solved in groups:
+            modules.update(packed_linears(gm, solved))
+        modules.update(packed_experts(gm, {path: group for group in groups for path in group.weights}))
+        return PassResult(gm, modified=True, undo=installed(traced_module(gm), modules))
 
     def ensures(self, gm: fx.GraphModule) -> None:
         """Every solved site runs packed."""
-        for node in annotated(gm, SOLVED):
-            for path in node.meta[SOLVED].weights:
-                if not isinstance(gm.get_submodule(path), MixedPrecisionLinear):
-                    raise ValueError(f"site {path} was solved but is not packed.")
+        model, solved = traced_module(gm), {p for g in annotations(gm, SOLVED).values() for p in g.weights}
+        for site in sites(gm):
+            packed = isinstance(model.get_submodule(site.module), MixedPrecisionLinear | PackedExperts)
+            if site.path in solved and not packed:
+                raise ValueError(f"site {site.path} was solved but is not packed.")
 
 
-def packed_modules(gm: fx.GraphModule, solved: SolvedGroup) -> dict[str, MixedPrecisionLinear]:
-    """Build the modules of one group, by path; they share the permutation."""
-    modules = {}
-    for path, weight in solved.weights.items():
+@dataclass(frozen=True)
+class FoldPermutations(Pass):
+    """Reorder the rows that make an input instead of gathering the input, wherever the plan says so.
+
+    An input's new channel order is the order of rows in the sites that make it: up and gate for down, v for o inside
+    the heads. What is left to gather at run time is what comes out of norms.
+    """
+
+    preserves_function = True
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Packed modules are installed."""
+        if not annotations(gm, SOLVED):
+            raise ValueError("Expected packed sites: run PruneAndQuantize and Pack before.")
+        Pack().ensures(gm)
+
+    @torch.no_grad()
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Replace modules by such with reordered rows, and without permutation."""
+        model, groups = traced_module(gm), annotations(gm, SOLVED)
+        folded = {n: g for n, g in groups.items() if g.plan.fold is not None and g.permutation is not None}
+        rows = _row_orders(folded.values())
+        dropped = {path for group in folded.values() for path in group.weights}
+        modules = {}
+        for path in dict.fromkeys([*rows, *dropped]):
+            modules[path] = _reordered(model.get_submodule(path), rows.get(path), path in dropped)
+        after = {n: _with_rows(g, rows, drop=n in folded) for n, g in groups.items()}
+        annotate(gm, SOLVED, [(group.sites[0], group.name, after[group.name]) for group in located(gm)])
+        return PassResult(gm, modified=True, undo=installed(model, modules))
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        """No folded group is gathered any more."""
+        for solved in annotations(gm, SOLVED).values():
+            if solved.plan.fold is not None and solved.permutation is not None:
+                raise ValueError(f"group {solved.plan.name} still has a permutation.")
+
+
+def packed_linears(gm: fx.GraphModule, solved: SolvedGroup) -> dict[str, nn.Module]:
+    """Build the modules of the linear layers of one group, by path; they share the permutation."""
+    modules: dict[str, nn.Module] = {}
+    linear = {site.path for site in sites(gm) if site.stack is None}
+    for path in solved.weights.keys() & linear:
         site = gm.get_submodule(path)
         dense = site.get_parameter("weight")
         bias = getattr(site, "bias", None)
-        packed = MixedPrecisionLinear(weight, permutation=solved.permutation, bias=bias, dtype=dense.dtype)
+        packed = MixedPrecisionLinear(
+            solved.weights[path], permutation=solved.permutation, bias=bias, dtype=dense.dtype
+        )
         modules[path] = packed.to(dense.device).train(site.training)
     return modules
+
+
+def packed_experts(gm: fx.GraphModule, solved: Mapping[str, SolvedGroup]) -> dict[str, nn.Module]:
+    """Build the packed experts of all modules that hold solved ones, by path."""
+    model = traced_module(gm)
+    stacks: dict[str, dict[str, PackedStack]] = defaultdict(dict)
+    for stack, members in _solved_stacks(gm, solved):
+        groups = [solved[path] for path in members]
+        weights = [group.weights[path] for group, path in zip(groups, members, strict=True)]
+        dense = model.get_submodule(stack.module).get_parameter(stack.parameter)
+        orders = [group.permutation for group in groups if group.permutation is not None]
+        packed = PackedStack(weights, permutation=orders or None, transposed=stack.transposed, dtype=dense.dtype)
+        stacks[stack.module][stack.parameter] = packed.to(dense.device)
+    return {path: PackedExperts(model.get_submodule(path), parts) for path, parts in stacks.items()}
+
+
+def _solved_stacks(gm: fx.GraphModule, solved: Mapping[str, SolvedGroup]) -> Iterator[tuple[ExpertStack, list[str]]]:
+    members: dict[ExpertStack, list[str]] = defaultdict(list)
+    for site in sites(gm):
+        if site.stack is not None and site.path in solved:
+            members[site.stack].append(site.path)
+    return iter(members.items())
+
+
+def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Callable[[], None]:
+    """Put modules in their places; returns what puts the old ones back."""
+    before = {path: model.get_submodule(path) for path in modules}
+
+    def undo() -> None:
+        for path, module in before.items():
+            model.set_submodule(path, module)
+
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _row_orders(folded: Iterable[SolvedGroup]) -> dict[str, Tensor]:
+    """The new order of the rows of every producer, by path."""
+    rows: dict[str, Tensor] = {}
+    for group in folded:
+        assert group.plan.fold is not None
+        assert group.permutation is not None
+        units = _unit_order(group.plan.fold, group.permutation.long().cpu())
+        for path, order in row_order(group.plan.fold, units).items():
+            rows[path] = order if path not in rows else rows[path][order]
+    return rows
+
+
+def _unit_order(fold: PermutationFold, channels: Tensor) -> Tensor:
+    """Which unit takes the place of each: new channel j is old channel ``channels[j]``."""
+    order = torch.empty_like(fold.cell)
+    order[fold.unit] = fold.unit[channels]
+    if not torch.equal(order[fold.unit], fold.unit[channels]):
+        raise ValueError("the sweep order moves the channels of one unit apart, so it cannot be folded.")
+    return order
+
+
+def _reordered(module: nn.Module, rows: Tensor | None, drop: bool) -> nn.Module:
+    """A copy of a linear layer with its rows in another order, and without permutation if that is dropped."""
+    bias = getattr(module, "bias", None)
+    if rows is not None and bias is not None:
+        bias = nn.Parameter(bias.detach()[rows.to(bias.device)], requires_grad=bias.requires_grad)
+    if isinstance(module, MixedPrecisionLinear):
+        weight = module.packed if rows is None else reordered_rows(module.packed, rows)
+        order = None if drop else module.permutation
+        packed = MixedPrecisionLinear(weight, permutation=order, bias=bias, dtype=module.weight_dtype)
+        return packed.train(module.training)
+    assert rows is not None  # a site that stays dense
+    dense = copy.copy(module)
+    dense._parameters = {**module._parameters, "weight": nn.Parameter(module.get_parameter("weight").detach().clone())}
+    if bias is not None:
+        dense._parameters["bias"] = bias
+    linear_weight(dense).copy_(linear_weight(module)[rows.to(linear_weight(module).device)])
+    return dense
+
+
+def _with_rows(group: SolvedGroup, rows: Mapping[str, Tensor], drop: bool) -> SolvedGroup:
+    """What is known of a group, after its sites' rows were reordered and its permutation dropped."""
+    weights = {p: w if p not in rows else reordered_rows(w, rows[p]) for p, w in group.weights.items()}
+    return replace(group, weights=weights, permutation=None if drop else group.permutation)

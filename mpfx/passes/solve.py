@@ -1,7 +1,7 @@
 """Prune and quantize block by block."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpfx.allocate import GroupPlan
-from mpfx.graph import Block, InputGroup, blocks, linear_weight, run_block
+from mpfx.graph import Block, InputGroup, blocks, run_block, sites, traced_module
 from mpfx.nn import PackedWeight, pack, pack_permutation, unpack
-from mpfx.nn.packing import QuantizedWeight
 from mpfx.passes.allocate import PLAN
-from mpfx.passes.base import PassResult
-from mpfx.passes.locate import GROUP, annotated
-from mpfx.passes.observe import observed, padding_mask
+from mpfx.passes.base import Pass, PassResult
+from mpfx.passes.locate import annotate, annotations, located, naming_sites
+from mpfx.passes.observe import Accumulators, Masks, finalised, observed, padding_masks
 from mpfx.report import SiteReport
 from mpfx.solve import factorise, layer_error, sweep
 from mpfx.stats import Moments
 
 SOLVED = "mpfx_solved"
-"""Key of ``node.meta`` under which a group's first site holds its :class:`SolvedGroup`."""
+"""Key of ``node.meta`` under which a group's :class:`SolvedGroup` lies, by the group's name."""
 
 logger = logging.getLogger("mpfx.solve")
 
@@ -79,7 +78,9 @@ class SolvedGroup:
         return torch.empty_like(ordered).index_copy_(1, self.permutation.long(), ordered)
 
 
-def solve_group(plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments, damping: float = 0.01) -> SolvedGroup:
+def solve_group(
+    plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments, damping: float = 0.01, note: str | None = None
+) -> SolvedGroup:
     """Solve the sites of one input group: one Hessian, one factor, one sweep over their stacked rows.
 
     Args:
@@ -87,6 +88,7 @@ def solve_group(plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments
         weights: ``(out, in)`` of every site, by module path; not changed.
         moments: of the input that all of them read.
         damping: see :func:`mpfx.solve.factorise`.
+        note: what had to be done about the statistics; goes to the report.
     """
     weight, hessian = torch.cat([w.detach().float() for w in weights.values()]), moments.hessian
     order = plan.order(hessian.diagonal())
@@ -96,28 +98,19 @@ def solve_group(plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments
     solved = sweep(weight, factor.upper, plan.layout, plan.grid, plan.sparsity)
     packed, errors, first = {}, {}, 0
     for path, rows in plan.rows.items():
-        part = _rows(solved, slice(first, first + rows))
+        part = solved.rows(slice(first, first + rows))
         packed[path] = pack(part)
         errors[path] = layer_error(weight[first : first + rows], part.dequantize(), hessian)
         first += rows
     for path, error in errors.items():
         logger.debug("%s: relative error %.4g, damping %g", path, error, factor.damping)
     permutation = None if order is None else pack_permutation(order)
-    return SolvedGroup(plan, packed, permutation, errors, factor.damping, factor.fallback)
-
-
-def _rows(solved: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    return QuantizedWeight(
-        codes=solved.codes[rows],
-        scales=solved.scales[rows],
-        zeros=None if solved.zeros is None else solved.zeros[rows],
-        kept=None if solved.kept is None else solved.kept[rows],
-        layout=solved.layout,
-    )
+    fallback = "; ".join(text for text in (note, factor.fallback) if text) or None
+    return SolvedGroup(plan, packed, permutation, errors, factor.damping, fallback)
 
 
 @dataclass(frozen=True)
-class PruneAndQuantize:
+class PruneAndQuantize(Pass):
     """Solve every planned group, block after block, on inputs that passed the blocks solved before.
 
     Annotates each group with its :class:`SolvedGroup`; the model itself is as before when the pass ends, also after an
@@ -126,6 +119,7 @@ class PruneAndQuantize:
     Args:
         batches: inputs of the traced call, one dict a batch (:func:`mpfx.graph.bind_inputs`).
         damping: see :func:`mpfx.solve.factorise`.
+        strict: refuse fallbacks, such as more damping than asked for, instead of reporting them.
         device: where blocks run and groups are solved; None: where the batches are.
         context: entered around every run of a block (precision plugins).
         on_block: called with the name of a block and the share of the work that is done, for progress.
@@ -133,13 +127,14 @@ class PruneAndQuantize:
 
     batches: Sequence[Mapping[str, Any]]
     damping: float = 0.01
+    strict: bool = False
     device: torch.device | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     on_block: Callable[[str, float], None] = lambda name, share: None
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are planned and there is something to calibrate on."""
-        if not any(annotated(gm, PLAN)):
+        if not annotations(gm, PLAN):
             raise ValueError("Expected planned sites: run Allocate before.")
         if not self.batches:
             raise ValueError("Expected at least one calibration batch but got none.")
@@ -147,53 +142,72 @@ class PruneAndQuantize:
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Solve and annotate."""
-        parts = blocks(gm)
-        planned = {index: list(nodes) for index, nodes in _by_block(gm, parts).items()}
-        last = max(planned)
+        parts, solved = blocks(gm), dict[str, SolvedGroup]()
+        steps = [list(self._steps(gm, block)) for block in parts]
+        last = max(block.index for block in parts if steps[block.index])
         values = [self._to_device(batch) for batch in self.batches]
+        masks = [padding_masks(batch) for batch in values]
         for block in parts[: last + 1]:
             self.on_block(block.name, block.index / (last + 1))
-            nodes = planned.get(block.index, [])
-            masks = [padding_mask(batch) for batch in self.batches]
-            self._solve_block(gm, block, nodes, values, masks)
+            here: dict[str, SolvedGroup] = {}
+            for groups in steps[block.index]:
+                with solved_weights(gm, here.values()):
+                    moments = self._observe(gm, block, groups, values, masks)
+                here.update(self._solve(gm, block, groups, moments))
             if block.index < last:
-                with solved_weights(gm, [node.meta[SOLVED] for node in nodes]):
+                with solved_weights(gm, here.values()):
                     for env in values:
                         self._run(block, env, parts[block.index + 1 :])
+            solved.update(here)
         self.on_block(parts[last].name, 1.0)
+        annotate(gm, SOLVED, [(group.sites[0], group.name, solved[group.name]) for group in located(gm)])
         return PassResult(gm, modified=False)
 
     def ensures(self, gm: fx.GraphModule) -> None:
         """Every planned group is solved."""
-        if lacking := [node.target for node in annotated(gm, PLAN) if SOLVED not in node.meta]:
-            raise ValueError(f"groups {lacking} were planned but not solved.")
+        if lacking := annotations(gm, PLAN).keys() - annotations(gm, SOLVED).keys():
+            raise ValueError(f"groups {sorted(lacking)} were planned but not solved.")
+        odd = [f"{group.plan.name}: {group.fallback}" for group in solved_groups(gm) if group.fallback]
+        if self.strict and odd:
+            raise ValueError(f"`strict` allows no fallback, but for {len(odd)} input groups one was needed: {odd[:3]}.")
 
-    def _solve_block(
+    def _steps(self, gm: fx.GraphModule, block: Block) -> Iterator[list[InputGroup]]:
+        """The groups of a block, those together that are solved on one run of it."""
+        first = {group.sites[0].path: group for group in located(gm)}
+        for paths in block.units:
+            if groups := [first[path] for path in paths if path in first]:
+                yield groups
+
+    def _observe(
         self,
         gm: fx.GraphModule,
         block: Block,
-        nodes: Sequence[fx.Node],
+        groups: Sequence[InputGroup],
         values: Sequence[dict[str, Any]],
-        masks: Sequence[Tensor | None],
-    ) -> None:
-        if not nodes:
-            return
-        groups: list[InputGroup] = [node.meta[GROUP] for node in nodes]
-        current: list[Tensor | None] = [None]
+        masks: Sequence[Masks],
+    ) -> Accumulators:
+        current: list[Masks] = [{}]
         with observed(gm, groups, lambda: current[0]) as moments:
             for env, mask in zip(values, masks, strict=True):
-                current[0] = mask if mask is None or self.device is None else mask.to(self.device)
+                current[0] = mask
                 with self.context():
                     block.module(**{name: env[name] for name in block.needs})
-        for node, group in zip(nodes, groups, strict=True):
-            weights = {site.path: linear_weight(gm.get_submodule(site.path)) for site in group.sites}
-            try:
-                seen = moments[group.name].finalise()
-                node.meta[SOLVED] = solve_group(node.meta[PLAN], weights, seen, self.damping)
-            except (ValueError, KeyError) as error:
-                reason = "its input was never computed" if isinstance(error, KeyError) else error
-                raise ValueError(f"block {block.name}, sites {', '.join(weights)}: {reason}") from error
-            del moments[group.name]
+        return moments
+
+    def _solve(
+        self, gm: fx.GraphModule, block: Block, groups: Sequence[InputGroup], moments: Accumulators
+    ) -> Iterator[tuple[str, SolvedGroup]]:
+        model, plans = traced_module(gm), annotations(gm, PLAN)
+        try:
+            for group, seen, note in finalised(moments, groups):
+                with naming_sites(group):
+                    if seen is None:
+                        raise ValueError("its input was never computed")
+                    weights = {site.path: site.weight(model) for site in group.sites}
+                    solved = solve_group(plans[group.name], weights, seen, self.damping, note)
+                yield group.name, solved
+        except ValueError as error:
+            raise ValueError(f"block {block.name}, {error}") from error
 
     def _run(self, block: Block, env: dict[str, Any], later: Sequence[Block]) -> None:
         with self.context():
@@ -207,32 +221,25 @@ class PruneAndQuantize:
         return moved
 
 
-def _by_block(gm: fx.GraphModule, parts: Sequence[Block]) -> dict[int, list[fx.Node]]:
-    owner = {path: block.index for block in reversed(parts) for path in block.sites}
-    planned: dict[int, list[fx.Node]] = {}
-    for node in annotated(gm, PLAN):
-        planned.setdefault(owner[str(node.target)], []).append(node)
-    return planned
-
-
 @contextmanager
-def solved_weights(gm: fx.GraphModule, solved: Sequence[SolvedGroup]) -> Iterator[None]:
+def solved_weights(gm: fx.GraphModule, solved: Iterable[SolvedGroup]) -> Iterator[None]:
     """Let solved weights stand in for the dense ones; the dense ones are back when the context closes."""
-    originals: list[tuple[nn.Module, Tensor]] = []
+    model, by_path = traced_module(gm), {site.path: site for site in sites(gm)}
+    originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
     try:
         for group in solved:
             for path in group.weights:
-                module = gm.get_submodule(path)
-                weight = module.get_parameter("weight")
-                originals.append((module, weight.data))
-                weight.data = weight.data.clone()
-                linear_weight(module).copy_(group.dense(path))
+                parameter = by_path[path].parameter(model)
+                if id(parameter) not in originals:
+                    originals[id(parameter)] = (parameter, parameter.data)
+                    parameter.data = parameter.data.clone()
+                by_path[path].weight(model).copy_(group.dense(path))
         yield
     finally:
-        for module, data in originals:
-            module.get_parameter("weight").data = data
+        for parameter, data in originals.values():
+            parameter.data = data
 
 
 def solved_groups(gm: fx.GraphModule) -> tuple[SolvedGroup, ...]:
     """Everything solved, in graph order."""
-    return tuple(node.meta[SOLVED] for node in annotated(gm, SOLVED))
+    return tuple(annotations(gm, SOLVED).values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -87,7 +88,7 @@ class Report:
             first = f"{fallen[0].path}: {fallen[0].fallback}"
             console.print(f"[yellow]{len(fallen)} sites needed a fallback[/yellow], such as {first}")
         for note in self.notes:
-            console.print(f"[yellow]note:[/yellow] {note}")
+            console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
     def _summary(self) -> Table:
         dense, compressed = self.perplexity["dense"], self.perplexity["compressed"]

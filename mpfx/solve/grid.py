@@ -103,6 +103,6 @@ def _float16(scale: Tensor) -> Tensor:
     if not bool((scale <= _LARGEST).all()):
         raise ValueError(
             f"weights need a quantization step of {scale.max():.3g}, but a float16 scale holds at most {_LARGEST:g}: "
-            "the layer's weights are damaged or not normalised; leave the site dense (`dense`) or rescale it."
+            "the layer's weights are damaged or not normalised; leave the site dense (`scope.exclude`) or rescale it."
         )
     return scale.clamp(min=_SMALLEST).half().float()

@@ -30,6 +30,11 @@ class Moments:
         """Mean of x^2, ``(in,)``."""
         return self.variance + self.mean.square()
 
+    def reordered(self, order: Tensor) -> "Moments":
+        """The statistics of ``x[order]``, ``(in,)``."""
+        hessian = self.hessian[order][:, order]
+        return Moments(hessian, self.mean_abs[order], self.mean[order], self.variance[order], self.tokens)
+
 
 class MomentAccumulator:
     """Sums behind :class:`Moments`: update with batches, merge with another rank's, finalise.

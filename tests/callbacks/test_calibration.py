@@ -7,12 +7,12 @@ from torch import Tensor, fx, nn
 
 from mpfx.callbacks import CallRecorder
 from mpfx.graph import InputGroup, trace
-from mpfx.passes import LocateSites, located, run_passes
+from mpfx.passes import Scope, analysis, located, run_passes
 
 
 def prepare(module: nn.Module) -> Any:
     def at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
-        gm = run_passes(trace(module, args, kwargs), [LocateSites()])
+        gm = run_passes(trace(module, args, kwargs), analysis(Scope()))
         return gm, located(gm)
 
     return at_first_call

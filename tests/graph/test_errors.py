@@ -36,13 +36,13 @@ class BranchInner(nn.Module):
 def test_data_dependent_branch_is_named() -> None:
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "the line that" in text)
     with pytest.raises(TraceError, match=rf"`inner` \(BranchInner\) at .*test_errors\.py:{line}: .*torch\.where"):
-        trace(Branch(), (torch.randn(2, 4),))
+        trace(Branch(), (torch.randn(2, 4),), whole=True)
 
 
 def test_nothing_is_left_behind_after_an_error() -> None:
     call, module = nn.Module.__call__, Branch()
     with pytest.raises(TraceError):
-        trace(module, (torch.randn(2, 4),))
+        trace(module, (torch.randn(2, 4),), whole=True)
     assert nn.Module.__call__ is call
     assert not torch.compiler.is_compiling()
     assert not torch.compiler.is_exporting()
@@ -83,4 +83,4 @@ def with_data(a: nn.Module, x: Tensor) -> Any:
 )
 def test_what_a_graph_cannot_hold_is_refused(forward: Any, problem: str) -> None:
     with pytest.raises(TraceError, match=problem):
-        trace(Refused(forward), (torch.randn(2, 4),))
+        trace(Refused(forward), (torch.randn(2, 4),), whole=True)

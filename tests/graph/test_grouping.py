@@ -21,7 +21,7 @@ def test_llama_groups(family: Any) -> None:
     first = input_groups(gm)[0]
     assert first.name == "model.layers.0.self_attn.q_proj"
     assert blocks(gm)[first.block or 0].name == "model.layers.0"
-    assert (first.sites[1].in_features, first.sites[1].out_features) == (32, 16)
+    assert (first.sites[1].in_features, first.sites[1].out_features) == (64, 32)
 
 
 def test_skipped_and_dense_sites_are_left_out(family: Any) -> None:

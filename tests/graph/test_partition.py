@@ -108,3 +108,60 @@ def test_memory_that_several_parts_share_stays_in_one_block(kind: Any, names: li
     assert part_names(gm) == names
     with torch.no_grad():
         assert torch.equal(run_in_blocks(gm, x), module(x))
+
+
+class Nested(nn.Module):
+    """Stages of layers, both in lists that are never called."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(layer() for _ in range(2)) for _ in range(2))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for layer in stage:  # type: ignore[attr-defined]
+                x = x + layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()), ["0.0", "0.1", "1.0", "1.1"]),
+        (lambda: nn.Linear(4, 4), ["0", "1"]),  # layers of one matrix each stay together
+    ],
+)
+def test_lists_of_lists(layer: Any, names: list[str], run_in_blocks: Any) -> None:
+    module = Nested(layer)
+    gm, x = trace(module, (torch.randn(2, 4),)), torch.randn(5, 4)
+    assert [part.name for part in blocks(gm) if part.repeated] == [f"stages.{name}" for name in names]
+    assert torch.equal(run_in_blocks(gm, x), module(x))
+
+
+def test_order_of_solving(family: Any) -> None:
+    """q, k, v; then o, which reads what they make; then gate, up; then down."""
+    model, sample = family("llama")
+    block = blocks(trace(model, (), sample(2, 5)))[1]
+    stages = [[path.rpartition(".")[2] for path in stage] for stage in block.stages]
+    assert stages == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert block.units == (block.sites,)
+    assert sorted(path for stage in block.stages for path in stage) == sorted(block.sites)
+
+
+def test_a_part_that_is_called_whole_is_solved_child_by_child() -> None:
+    class Branches(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 1e9:
+                return self.head(-x)  # type: ignore[no-any-return]
+            return super().forward(x)
+
+    module = Branches()
+    (block,) = blocks(trace(module, (torch.randn(2, 4),)))
+    assert block.units == (
+        ("layers.0.0", "layers.0.2"),
+        ("layers.1.0", "layers.1.2"),
+        ("layers.2.0", "layers.2.2"),
+        ("head",),
+    )

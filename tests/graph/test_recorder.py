@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -91,3 +93,57 @@ def test_recurrent_and_attention_layers_are_leaves() -> None:
     gm, x = trace(nn.Sequential(lstm), (torch.randn(2, 5, 4),)), torch.randn(3, 8, 4)
     assert torch.equal(gm(input=x)[0], lstm(x)[0])
     assert sites(gm) == ()
+
+
+POWERS = [
+    lambda x: x**2,
+    lambda x: x**0.5,
+    lambda x: 2**x,
+    lambda x: x**x,
+    lambda x: x.clone().__ipow__(2),
+    lambda x: pow(x, 2),
+    lambda x: torch.pow(x, 2),
+    lambda x: x.pow(2),
+    lambda x: 7 // x + 7 % x - 1 / x + x.__rsub__(1),
+]
+
+
+@pytest.mark.parametrize("function", POWERS)
+def test_powers_and_reflected_operators(function: Callable[[Tensor], Tensor]) -> None:
+    class Applies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(function(x.abs() + 1))
+            return y
+
+    module, x = Applies(), torch.randn(5, 4)
+    assert torch.equal(trace(module, (torch.randn(2, 4),), whole=True)(x), module(x))
+
+
+class Unembed(nn.Module):
+    """Reads the weight of the module that it is handed."""
+
+    def forward(self, x: Tensor, embedding: nn.Embedding) -> Tensor:
+        return x @ embedding.weight.T
+
+
+class HandsOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.a, self.unembed = nn.Embedding(9, 4), nn.Linear(4, 4), Unembed()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.unembed(self.a(self.embedding(ids)), self.embedding)
+        return y
+
+
+def test_module_as_an_argument_of_a_leaf() -> None:
+    module, ids = HandsOn(), torch.randint(9, (3, 5))
+    gm = trace(module, (torch.randint(9, (2, 4)),), whole=True)
+    assert torch.equal(gm(ids), module(ids))
+    module.set_submodule("embedding", nn.Embedding(11, 4))
+    assert torch.equal(gm(ids), module(ids))
+    assert gm(ids).shape[-1] == 11

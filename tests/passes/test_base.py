@@ -10,7 +10,7 @@ from mpfx.passes import Pass, PassError, PassResult, run_passes
 
 
 @dataclass(frozen=True)
-class Recorded:
+class Recorded(Pass):
     """Appends to a log; fails where it is told to."""
 
     log: list[str]
@@ -64,15 +64,11 @@ def test_a_failure_names_the_pass_and_those_before(step: str) -> None:
 
 def test_a_broken_graph_is_caught_before_the_next_pass() -> None:
     @dataclass(frozen=True)
-    class Breaks:
-        def requires(self, gm: fx.GraphModule) -> None: ...
-
+    class Breaks(Pass):
         def __call__(self, gm: fx.GraphModule) -> PassResult:
             node = next(n for n in gm.graph.nodes if n.op == "call_module")
             node.target = "no.such.module"
             return PassResult(gm, modified=True)
-
-        def ensures(self, gm: fx.GraphModule) -> None: ...
 
     with pytest.raises(PassError, match="pass Breaks failed"):
         run_passes(graph(), [Breaks()])

@@ -14,25 +14,32 @@ from mpfx.nn import MixedPrecisionLinear
 from mpfx.passes import (
     Allocate,
     CompressionConfig,
+    FoldPermutations,
     LocateSites,
     Pack,
     PassError,
     PruneAndQuantize,
+    Scope,
     SolvedGroup,
+    analysis,
     check_feasible,
+    finalised,
     located,
     observed,
+    padding_masks,
     run_passes,
     solved_groups,
 )
 from mpfx.passes.allocate import PLAN
+from mpfx.passes.locate import annotations
 from mpfx.stats import Moments
+from tests.zoo import build
 
 Batches = list[dict[str, Tensor]]
 
 
-def located_graph(model: nn.Module, batch: dict[str, Any], **where: Any) -> fx.GraphModule:
-    return run_passes(trace(model, (), {**batch, "use_cache": False}), [LocateSites(**where)])
+def located_graph(model: nn.Module, batch: dict[str, Any], **scope: Any) -> fx.GraphModule:
+    return run_passes(trace(model, (), {**batch, "use_cache": False}), analysis(Scope(**scope)))
 
 
 def bound(gm: fx.GraphModule, batches: Batches) -> list[dict[str, Any]]:
@@ -44,13 +51,14 @@ def dense_moments(gm: fx.GraphModule, batches: Batches) -> dict[str, Moments]:
     with observed(gm, located(gm)) as accumulators:
         for values in bound(gm, batches):
             gm(**values)
-    return {name: a.finalise() for name, a in accumulators.items()}
+    return {g.name: moments for g, moments, _ in finalised(accumulators, located(gm)) if moments is not None}
 
 
 def compressed(model: nn.Module, batches: Batches, config: CompressionConfig) -> tuple[SolvedGroup, ...]:
     gm = located_graph(model, batches[0])
     moments = dense_moments(gm, batches) if config.scored else {}
-    run_passes(gm, [Allocate(config, moments), PruneAndQuantize(bound(gm, batches)), Pack()])
+    values = bound(gm, batches)
+    run_passes(gm, [Allocate(config, moments), PruneAndQuantize(values), Pack(), FoldPermutations()], values[:1])
     return solved_groups(gm)
 
 
@@ -141,7 +149,7 @@ def test_budget_spreads_code_bits_over_the_model(make_llama: Any, batches: Batch
     moments = dense_moments(gm, batches)
     for target in (2.0, 3.0, 3.37, 4.0, 5.0, 7.0, 8.0):
         run_passes(gm, [Allocate(CompressionConfig(code_bits=target, allocation="budget"), moments)])
-        plans = [node.meta[PLAN] for node in gm.graph.nodes if PLAN in node.meta]
+        plans = list(annotations(gm, PLAN).values())
         step = min(32 * sum(plan.rows.values()) for plan in plans)  # one bit for one segment of the smallest group
         missing = (target - code_bits_per_weight(plans)) * sum(plan.numel for plan in plans)
         assert -1e-6 <= missing <= step
@@ -157,10 +165,10 @@ def test_n_of_m_holds_in_the_models_own_order(llama: Any, batches: Batches, allo
 
 
 def test_the_models_own_head_stays_dense_unless_asked(llama: Any, batches: Batches) -> None:
-    gm = run_passes(trace(llama, (), batches[0]), [LocateSites()])
+    gm = run_passes(trace(llama, (), batches[0]), analysis(Scope()))
     assert "lm_head" not in {site.path for group in located(gm) for site in group.sites}
-    assert LocateSites().reasons(gm) == {"lm_head": "it is the output head (`compress_head`)"}
-    gm = run_passes(trace(llama, (), batches[0]), [LocateSites(compress_head=True)])
+    assert LocateSites().reasons(gm) == {"lm_head": "it is the output head (`scope.head`)"}
+    gm = run_passes(trace(llama, (), batches[0]), analysis(Scope(head=True)))
     assert "lm_head" in {site.path for group in located(gm) for site in group.sites}
 
 
@@ -187,14 +195,14 @@ def test_an_infeasible_budget_is_refused_with_the_range(
 
 
 def test_patterns_keep_modules_dense(llama: Any, batches: Batches) -> None:
-    gm = located_graph(llama, batches[0], dense=["*.down_proj", "model.layers.0.*"])
+    gm = located_graph(llama, batches[0], exclude=("*.down_proj", "model.layers.0.*"))
     paths = {site.path for group in located(gm) for site in group.sites}
     assert paths
     assert not any("down_proj" in p or "layers.0." in p for p in paths)
     with pytest.raises(PassError, match="'nope' matches none of"):
-        located_graph(llama, batches[0], dense=["nope"])
+        located_graph(llama, batches[0], exclude=("nope",))
     with pytest.raises(PassError, match="no Linear is left to compress"):
-        located_graph(llama, batches[0], dense=["*"])
+        located_graph(llama, batches[0], exclude=("*",))
 
 
 def test_sequential_solving_sees_the_compressed_prefix(llama: Any, batches: Batches) -> None:
@@ -205,9 +213,9 @@ def test_sequential_solving_sees_the_compressed_prefix(llama: Any, batches: Batc
 
     original = room.solve_group
 
-    def spy(plan: Any, weights: Any, moments: Moments, damping: float) -> SolvedGroup:
+    def spy(plan: Any, weights: Any, moments: Moments, *rest: Any) -> SolvedGroup:
         seen.append(moments)
-        return original(plan, weights, moments, damping)
+        return original(plan, weights, moments, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "solve_group", spy)
@@ -304,9 +312,9 @@ def test_debug_logging_shows_scores_and_errors(llama: Any, batches: Batches, cap
 def test_passes_say_what_has_to_run_before(llama: Any, batches: Batches) -> None:
     gm = trace(llama, (), batches[0])
     config = CompressionConfig(code_bits=4, allocation="quantile")
-    with pytest.raises(PassError, match="run LocateSites before"):
+    with pytest.raises(PassError, match="run LocateSites and GroupInputs before"):
         run_passes(gm, [Allocate(config, {})])
-    run_passes(gm, [LocateSites()])
+    run_passes(gm, analysis(Scope()))
     with pytest.raises(PassError, match="statistics of every input group"):
         run_passes(gm, [Allocate(config, {})])
     with pytest.raises(PassError, match="run Allocate before"):
@@ -323,7 +331,7 @@ def test_a_plain_module(batches: Batches) -> None:
     model = nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     x = torch.randn(100, 40)
     before = model(x).detach()
-    gm = run_passes(trace(model, (x,)), [LocateSites()])
+    gm = run_passes(trace(model, (x,)), analysis(Scope()))
     solve = PruneAndQuantize([bind_inputs(gm, (x,), {})])
     run_passes(gm, [Allocate(CompressionConfig(code_bits=6, allocation="fixed"), {}), solve, Pack()])
     assert [type(m).__name__ for m in model] == [
@@ -331,3 +339,20 @@ def test_a_plain_module(batches: Batches) -> None:
     ]
     assert float((model(x).detach() - before).norm() / before.norm()) < 0.1
     assert torch.equal(gm(x), model(x))
+
+
+def test_each_side_of_an_encoder_decoder_has_its_own_mask() -> None:
+    model, sample = build("t5")
+    batch = sample(4, 12) | {"use_cache": False}
+    batch["decoder_input_ids"] = batch["input_ids"].flip(0)  # as long as the encoder's
+    batch["attention_mask"] = torch.ones(4, 12).long()
+    batch["attention_mask"][:, 4:] = 0
+    gm = run_passes(trace(model, (), batch), analysis())
+    values = bind_inputs(gm, (), batch)
+    with torch.no_grad(), observed(gm, located(gm), lambda: padding_masks(values)) as seen:
+        gm(**values)
+    tokens = {name: accumulator.tokens for name, accumulator in seen.items()}
+    assert {n for name, n in tokens.items() if name.startswith("encoder.")} == {16}
+    cross = {name for name in tokens if "EncDecAttention.k" in name or "EncDecAttention.v" in name}
+    assert {tokens[name] for name in cross} == {16}  # they read what the encoder made
+    assert {n for name, n in tokens.items() if name.startswith("decoder.") and name not in cross} == {48}

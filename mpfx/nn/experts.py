@@ -1,0 +1,384 @@
+"""Packed experts: the weights of all experts of a stack, and the module that runs a user's experts on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from types import MethodType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpfx.nn.layout import SEGMENT, Layout, stored_bytes
+from mpfx.nn.packed import pack_permutation
+from mpfx.nn.packing import PackedWeight, unpack, unpack_codes, validate
+
+_PARTS = ("codes", "scales", "zeros", "mask", "widths")
+
+
+class PackedStack(nn.Module):
+    """The packed weights of all experts in the place of one parameter ``(experts, ., .)``.
+
+    Every expert has a layout of its own: its codes, scales and zero points lie one after the other in flat tensors.
+
+    Args:
+        weights: of every expert; of equal sizes and group size, all with a mask or none, all with zero points or none.
+        permutation: integers ``(experts, in)`` or one ``(in,)`` per expert: channel ``permutation[e][k]`` of the input
+            meets channel k of expert e. Stacks that read the same inputs may share one tensor. None: the order is the
+            input's own.
+        dtype: of the parameter that this stands for, what ``dense`` returns.
+        transposed: whether that parameter is ``(experts, in, out)``.
+
+    Attributes:
+        codes: int32 ``(words,)``, expert after expert as in :class:`PackedWeight`.
+        scales: float16 ``(numbers,)``, expert after expert.
+        zeros: int32 ``(words,)``, expert after expert; None if symmetric.
+        mask: int32 ``(experts, out, segments)`` or None.
+        widths: uint8 ``(experts, segments)``.
+
+    Raises:
+        ValueError: if the weights or the permutations do not go together.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    mask: Tensor | None
+    widths: Tensor
+    permutation: Tensor | None
+    _dtype: Tensor
+
+    def __init__(
+        self,
+        weights: Sequence[PackedWeight],
+        *,
+        permutation: Tensor | Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_alike(weights)
+        self.layouts = tuple(weight.layout for weight in weights)
+        self.out_features, self.in_features = weights[0].out_features, weights[0].layout.in_features
+        self.transposed = transposed
+        self._ends = {
+            name: tuple(accumulate(part.numel() for part in _parts_of(weights, name)))
+            for name in ("codes", "scales", "zeros")
+        }
+        for name in _PARTS:
+            self.register_buffer(name, _joined(name, _parts_of(weights, name)))
+        self.register_buffer("permutation", self._orders(permutation))
+        # Holds no element; its dtype follows `.to(dtype)`, which must not touch the scales.
+        self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=self.codes.device), persistent=False)
+
+    def _orders(self, permutation: Tensor | Sequence[Tensor] | None) -> Tensor | None:
+        if permutation is not None and not isinstance(permutation, Tensor):
+            permutation = pack_permutation(torch.stack([order.long() for order in permutation]))
+        wanted = (len(self.layouts), self.in_features)
+        if permutation is not None and tuple(permutation.shape) != wanted:
+            raise ValueError(f"Expected `permutation` of shape {wanted} but got {tuple(permutation.shape)}.")
+        return permutation
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return len(self.layouts)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the parameter that this stands for."""
+        return self._dtype.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter that this stands for: ``(experts, out, in)``, or ``(experts, in, out)`` if transposed."""
+        sizes = (self.out_features, self.in_features)
+        return torch.Size((self.experts, *(reversed(sizes) if self.transposed else sizes)))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, without the permutations that stacks of the same input share."""
+        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.mask, self.widths) if t is not None)
+
+    @property
+    def code_bits(self) -> float:
+        """Average nominal width of a code, over the channels of all experts."""
+        return sum(layout.code_bits for layout in self.layouts) / self.experts
+
+    def packed(self, expert: int) -> PackedWeight:
+        """The packed weight of one expert: views of this module's tensors.
+
+        Raises:
+            IndexError: if there is no such expert.
+        """
+        if not 0 <= expert < self.experts:
+            raise IndexError(f"Expected an expert in 0 .. {self.experts - 1} but got {expert}.")
+        codes, scales = self._part("codes", expert), self._part("scales", expert)
+        assert codes is not None
+        assert scales is not None
+        return PackedWeight(
+            codes=codes if self.mask is not None else _rows(codes, self.out_features),
+            scales=_rows(scales, self.out_features),
+            zeros=self._part("zeros", expert),
+            mask=None if self.mask is None else self.mask[expert],
+            widths=self.widths[expert],
+            layout=self.layouts[expert],
+        )
+
+    def _part(self, name: str, expert: int) -> Tensor | None:
+        whole: Tensor | None = getattr(self, name)
+        ends = self._ends[name]
+        return None if whole is None else whole[ends[expert - 1] if expert else 0 : ends[expert]]
+
+    def dense(self, expert: int) -> Tensor:
+        """The dense weight ``(out, in)`` of one expert in the input's own channel order; made anew at every call."""
+        ordered = unpack(self.packed(expert)).dequantize().to(self.weight_dtype)
+        if self.permutation is None:
+            return ordered
+        return torch.empty_like(ordered).index_copy_(1, self.permutation[expert].long(), ordered)
+
+    def stacked(self) -> Tensor:
+        """The whole parameter that this stands for, of shape ``shape``; made anew at every call."""
+        whole = torch.empty(self.shape, dtype=self.weight_dtype, device=self.codes.device)
+        for expert in range(self.experts):  # one at a time: what unpacking needs besides stays small
+            dense = self.dense(expert)
+            whole[expert] = dense.t() if self.transposed else dense
+        return whole
+
+    def extra_repr(self) -> str:
+        """Sizes and code bits."""
+        sparse = "" if self.mask is None else ", sparse"
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"code_bits={self.code_bits:.2f}{sparse}"
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A change of dtype is meant for computing; the stored scales stay what they are.
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
+        return self
+
+
+class PackedExperts(nn.Module):
+    """A user's experts module over packed weights: its own code runs, on dense weights made for the call.
+
+    The dense weights of one call are all that is dense at a time. Other parameters, buffers and children are shared
+    with the module given, under the same names; the module itself stays as it is. What it offers besides (``config``,
+    ``num_experts``) can be read here too.
+
+    Args:
+        experts: the module, or another packed one, all of whose stacks are replaced.
+        stacks: by the names of its parameters ``(experts, ., .)``.
+
+    Raises:
+        ValueError: if a stack does not fit the parameter of its name.
+    """
+
+    traced_as_leaf: ClassVar[bool] = True
+    """A graph calls this module as a whole, as it did with the one it stands for."""
+
+    def __init__(self, experts: nn.Module, stacks: Mapping[str, PackedStack]) -> None:
+        super().__init__()
+        _check_stacks(experts, stacks)
+        inner = _without(experts, set(stacks))
+        # One set of dicts for both: what moves or loads this module moves the inner one, which is none of its children.
+        self._parameters, self._buffers = inner._parameters, inner._buffers
+        self._non_persistent_buffers_set = inner._non_persistent_buffers_set
+        for name, child in inner._modules.items():
+            self.add_module(name, child)
+        for name, stack in stacks.items():
+            self.add_module(name, stack)
+        self.__dict__["_inner"] = inner
+        self.__dict__["_stack_names"] = tuple(stacks)
+        self.training = experts.training
+
+    @property
+    def packed_stacks(self) -> dict[str, PackedStack]:
+        """The packed stacks by the names of the parameters that they stand for."""
+        return {name: self._modules[name] for name in self.__dict__["_stack_names"]}  # type: ignore[misc]
+
+    @property
+    def original_type(self) -> type[nn.Module]:
+        """The class of the module whose code runs."""
+        return type(self.__dict__["_inner"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the user's forward."""
+        with self._unpacked() as inner:
+            return inner(*args, **kwargs)
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[nn.Module]:
+        inner: nn.Module = self.__dict__["_inner"]
+        inner.training = self.training
+        inner._modules = {name: child for name, child in self._modules.items() if name not in self.packed_stacks}
+        try:
+            for name, stack in self.packed_stacks.items():
+                inner.__dict__[name] = stack.stacked()
+            yield inner
+        finally:
+            for name in self.packed_stacks:
+                inner.__dict__.pop(name, None)
+
+    def extra_repr(self) -> str:
+        """The class of the user's module."""
+        return self.original_type.__name__
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_inner")  # none while a copy is being made
+            if inner is None:
+                raise
+            return getattr(inner, name)
+
+
+def split_stack(
+    parts: Mapping[str, Tensor | None], *, out_features: int, in_features: int, group_size: int | None
+) -> list[PackedWeight]:
+    """Tell the packed weights of the experts apart; for data from outside, which is checked.
+
+    Args:
+        parts: the tensors of a :class:`PackedStack` by name, ``zeros`` and ``mask`` may be None.
+        out_features: rows of every expert.
+        in_features: channels of every expert.
+        group_size: channels per scale; None: all of one width.
+
+    Returns:
+        Views of these tensors, one weight per expert.
+
+    Raises:
+        ValueError: naming the tensor, what it is, and what the sizes ask for.
+    """
+    codes, scales, zeros, mask, widths = (parts[name] for name in _PARTS)
+    if codes is None or scales is None or widths is None:
+        raise ValueError("Expected `codes`, `scales` and `widths` but one of them is missing.")
+    if widths.dim() != 2 or len(widths) < 1:
+        raise ValueError(f"Expected `widths` of shape (experts, segments) but got {tuple(widths.shape)}.")
+    layouts = [Layout(in_features, tuple(row), group_size) for row in widths.tolist()]
+    _check_mask(mask, (len(layouts), out_features, -(-in_features // SEGMENT)))
+    sizes = [
+        stored_bytes(
+            layout,
+            out_features,
+            symmetric=zeros is None,
+            kept=None if mask is None else _kept(mask[expert], layout),
+        )
+        for expert, layout in enumerate(layouts)
+    ]
+    code_parts = _cut("codes", codes, [size.codes // 4 for size in sizes])
+    scale_parts = _cut("scales", scales, [size.scales // 2 for size in sizes])
+    zero_parts = None if zeros is None else _cut("zeros", zeros, [size.zeros // 4 for size in sizes])
+    weights = []
+    for expert, layout in enumerate(layouts):
+        weight = PackedWeight(
+            codes=code_parts[expert] if mask is not None else _rows(code_parts[expert], out_features),
+            scales=_rows(scale_parts[expert], out_features),
+            zeros=None if zero_parts is None else zero_parts[expert],
+            mask=None if mask is None else mask[expert],
+            widths=widths[expert],
+            layout=layout,
+        )
+        try:
+            validate(weight)
+        except ValueError as error:
+            raise ValueError(f"expert {expert}: {error}") from error
+        weights.append(weight)
+    return weights
+
+
+def _rows(part: Tensor, rows: int) -> Tensor:
+    return part.view(rows, part.numel() // rows)
+
+
+def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.int32):
+        raise ValueError(f"Expected `mask` to be int32 of shape {shape} but got {mask.dtype} of {tuple(mask.shape)}.")
+
+
+def _kept(mask: Tensor, layout: Layout) -> tuple[int, ...]:
+    alive = unpack_codes(mask, 1, layout.in_features)
+    return tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
+
+
+def _cut(name: str, whole: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    if tuple(whole.shape) != (sum(sizes),):
+        raise ValueError(f"Expected `{name}` of shape ({sum(sizes)},) but got {tuple(whole.shape)}.")
+    parts: tuple[Tensor, ...] = whole.split(list(sizes))
+    return parts
+
+
+def _check_alike(weights: Sequence[PackedWeight]) -> None:
+    if not weights:
+        raise ValueError("Expected the weights of at least one expert but got none.")
+    for expert, weight in enumerate(weights):
+        for what, value, first in zip(_KINDS, _kind(weight), _kind(weights[0]), strict=True):
+            if value != first:
+                raise ValueError(f"Expected {what} to be that of expert 0, {first}, but expert {expert} has {value}.")
+
+
+_KINDS = ("the number of rows", "the number of channels", "the group size", "the use of a mask", "the use of zeros")
+
+
+def _kind(weight: PackedWeight) -> tuple[int, int, int | None, bool, bool]:
+    layout = weight.layout
+    return (
+        weight.out_features,
+        layout.in_features,
+        layout.group_size,
+        weight.mask is not None,
+        weight.zeros is not None,
+    )
+
+
+def _parts_of(weights: Sequence[PackedWeight], name: str) -> list[Tensor]:
+    """One tensor of every weight, none where they have none."""
+    return [part for weight in weights if (part := getattr(weight, name)) is not None]
+
+
+def _joined(name: str, parts: Sequence[Tensor]) -> Tensor | None:
+    if not parts:
+        return None
+    return torch.stack(list(parts)) if name in ("mask", "widths") else torch.cat([part.reshape(-1) for part in parts])
+
+
+def _check_stacks(experts: nn.Module, stacks: Mapping[str, PackedStack]) -> None:
+    if isinstance(experts, PackedExperts):
+        shapes = {name: stack.shape for name, stack in experts.packed_stacks.items()}
+        if set(shapes) != set(stacks):
+            raise ValueError(f"Expected stacks for {sorted(shapes)}, which are packed, but got {sorted(stacks)}.")
+    else:
+        shapes = {name: p.shape for name, p in experts._parameters.items() if p is not None}
+    for name, stack in stacks.items():
+        if name not in shapes:
+            raise ValueError(f"Expected names of parameters of {type(experts).__name__} but got {name!r}.")
+        if shapes[name] != stack.shape:
+            raise ValueError(
+                f"Expected a stack of shape {list(shapes[name])} for {name!r} but got {list(stack.shape)}."
+            )
+
+
+def _without(experts: nn.Module, names: set[str]) -> nn.Module:
+    """A module that shares everything with another one but the parameters of these names."""
+    if isinstance(experts, PackedExperts):
+        experts = experts.__dict__["_inner"]
+    if "forward" in experts.__dict__:
+        raise ValueError(
+            f"Expected {type(experts).__name__} to run the forward of its class, but its own was replaced (device "
+            "hooks do that): remove what replaced it."
+        )
+    inner: nn.Module = object.__new__(type(experts))
+    for name, value in experts.__dict__.items():
+        bound = isinstance(value, MethodType) and value.__self__ is experts
+        inner.__dict__[name] = MethodType(value.__func__, inner) if bound else value
+    inner._parameters = {name: p for name, p in experts._parameters.items() if name not in names}
+    inner._buffers = dict(experts._buffers)
+    inner._modules = dict(experts._modules)
+    inner._non_persistent_buffers_set = set(experts._non_persistent_buffers_set)
+    return inner

@@ -1,0 +1,107 @@
+"""Scale channels before they are rounded, where the graph allows to divide the scale out again for free."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpfx.allocate import ChannelScales, GroupPlan, search_scales
+from mpfx.graph import InputGroup, ScaleFold, rescale, scale_folds, traced_module
+from mpfx.passes.allocate import PLAN, stacked_weight
+from mpfx.passes.base import Pass, PassResult
+from mpfx.passes.locate import annotations, located
+from mpfx.stats import Moments
+
+logger = logging.getLogger("mpfx.scale")
+
+
+@dataclass(frozen=True)
+class FoldScales(Pass):
+    """Multiply weight columns by a power of the size of their activations, and divide it out of what makes these.
+
+    For every planned input group whose input comes from a norm's weight or from rows of one other site, the power is
+    searched that lowers the error of rounding to the planned widths (:func:`mpfx.allocate.search_scales`). The dense
+    weights are changed in place.
+
+    Args:
+        moments: of the dense model's inputs, by name of the input group.
+    """
+
+    preserves_function = True
+
+    moments: Mapping[str, Moments]
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Groups are planned and observed."""
+        if lacking := [name for name in annotations(gm, PLAN) if name not in self.moments]:
+            raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
+        if not annotations(gm, PLAN):
+            raise ValueError("Expected planned sites: run Allocate before.")
+
+    @torch.no_grad()
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Search and fold."""
+        model, plans = traced_module(gm), annotations(gm, PLAN)
+        before = _Saved(model)
+        try:
+            for group, fold, unit in _scalable(gm):
+                half = any(p.dtype.itemsize < 4 for p in _parameters(model, fold))
+                if half and fold.kind == "norm_plus_one":  # even a power of two changes what 1 + w rounds to
+                    continue
+                weight = stacked_weight(model, group)
+                found = search(weight, self.moments[group.name], unit, plans[group.name], powers_of_two=half)
+                logger.debug("%s: exponent %g, error x %.3f", group.name, found.exponent, found.gain)
+                if found.exponent > 0:
+                    before.add(fold)
+                    rescale(model, fold, found.scales.cpu())
+        except BaseException:
+            before.put_back()
+            raise
+        return PassResult(gm, modified=True, undo=before.put_back)
+
+
+def search(
+    weight: Tensor, moments: Moments, unit: Tensor, plan: GroupPlan, *, powers_of_two: bool = False
+) -> ChannelScales:
+    """Search the scales of one input group for the widths and the order of its plan."""
+    order = plan.order(moments.hessian.diagonal())
+    if order is None:
+        order = torch.arange(weight.shape[1], device=weight.device)
+    unit, moments = unit.to(order.device)[order], moments.reordered(order)
+    return search_scales(weight[:, order], moments, unit, plan.layout, plan.grid, powers_of_two=powers_of_two)
+
+
+def _scalable(gm: fx.GraphModule) -> Iterator[tuple[InputGroup, ScaleFold, Tensor]]:
+    """Input groups with the fold that scales their whole input, and the unit of every channel."""
+    for group in located(gm):
+        paths = {site.path for site in group.sites}
+        for fold in scale_folds(gm):
+            units = [unit for path, unit in fold.consumers if path in paths]
+            if len(units) == len(paths) and all(torch.equal(unit, units[0]) for unit in units) and units[0].min() >= 0:
+                yield group, fold, units[0]
+                break
+
+
+def _parameters(model: nn.Module, fold: ScaleFold) -> Iterator[nn.Parameter]:
+    for path in (fold.producer, *(path for path, _ in fold.consumers)):
+        yield from model.get_submodule(path).parameters()
+
+
+class _Saved:
+    """Parameters as they were; on the host, as they are nearly the whole model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def add(self, fold: ScaleFold) -> None:
+        for parameter in _parameters(self.model, fold):
+            if id(parameter) not in self.values:
+                self.values[id(parameter)] = (parameter, parameter.detach().to("cpu", copy=True))
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for parameter, value in self.values.values():
+                parameter.copy_(value)
