@@ -1,4 +1,12 @@
-"""Graphs of models: tracing, sites, input groups, producers, sequential blocks. All that knows torch.fx."""
+"""Graphs of models: all that knows torch.fx.
+
+Recording: `tracing` climbs the `ladder`; an `attempt` runs the forward under a `recorder`, which has a `builder` make
+nodes; `calls`, `sizes`, `forms` and `rehearsal` know arguments, sizes and results; `live` and `opaque` hold what a
+trace leaves behind; `errors`, `isolation`, `verify` and `compat` keep it honest and apart.
+Analysis: `linear`, `grouping` (sites, input groups), `partition` (blocks), `producers` and `folding` (with `channels`,
+`tags`, `reads`, `operations`, `recognition`, `sampling`).
+Experts: `experts`, with `operands`, `probing`, `products`, `watching`.
+"""
 
 from mpfx.graph.errors import TraceError
 from mpfx.graph.experts import ExpertsFacts, ExpertStack, watch_experts
@@ -7,7 +15,7 @@ from mpfx.graph.grouping import (
     InputGroup,
     Site,
     SiteKind,
-    calling_node,
+    calling_nodes,
     expert_modules,
     input_groups,
     inputs_behind,
@@ -44,7 +52,7 @@ __all__ = [
     "TraceError",
     "bind_inputs",
     "blocks",
-    "calling_node",
+    "calling_nodes",
     "channel_order",
     "expert_modules",
     "first_samples",

@@ -114,34 +114,33 @@ def expert_modules(gm: fx.GraphModule) -> dict[str, ExpertsFacts]:
     return record_of(gm).experts
 
 
-def calling_node(gm: fx.GraphModule, site: Site) -> fx.Node:
-    """The first node that calls a site, or the part around it that could not be traced.
-
-    Raises:
-        KeyError: If none does.
-    """
-    record = record_of(gm)
-    nodes: dict[str, fx.Node] = record.cached(
-        "callers", gm.graph, lambda: {str(n.target): n for n in reversed(gm.graph.nodes) if n.op == "call_module"}
-    )
-    path = site.module
-    while path and path not in nodes:
-        path = path.rpartition(".")[0]
-    return nodes[path or WHOLE]
+def calling_nodes(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """For every site the first node that calls it, or the part around it that could not be traced; by path."""
+    return record_of(gm).cached("callers", gm.graph, lambda: _calling_nodes(gm))
 
 
-def inputs_behind(gm: fx.GraphModule, site: Site) -> frozenset[str]:
-    """Names of the model's inputs that what a site reads depends on."""
-    behind: dict[fx.Node, frozenset[str]] = record_of(gm).cached("inputs", gm.graph, lambda: _inputs_behind(gm))
-    return behind[calling_node(gm, site)]
+def inputs_behind(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
+    """For every site the names of the model's inputs that what it reads depends on; by path."""
+    return record_of(gm).cached("inputs", gm.graph, lambda: _inputs_behind(gm))
 
 
-def _inputs_behind(gm: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
+def _calling_nodes(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    nodes = {str(n.target): n for n in reversed(gm.graph.nodes) if n.op == "call_module"}
+
+    def caller(path: str) -> fx.Node:
+        while path and path not in nodes:
+            path = path.rpartition(".")[0]
+        return nodes[path or WHOLE]
+
+    return {site.path: caller(site.module) for site in sites(gm)}
+
+
+def _inputs_behind(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
     behind: dict[fx.Node, frozenset[str]] = {}
     for node in gm.graph.nodes:
         own = {str(node.target)} if node.op == "placeholder" else set()
         behind[node] = frozenset(own.union(*(behind[before] for before in node.all_input_nodes)))
-    return behind
+    return {path: behind[node] for path, node in calling_nodes(gm).items()}
 
 
 def _sites(gm: fx.GraphModule) -> Iterator[Site]:

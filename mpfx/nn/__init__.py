@@ -2,7 +2,7 @@
 
 from mpfx.nn.experts import PackedExperts, PackedStack, split_stack
 from mpfx.nn.layout import PANEL, RAW_BITS, SEGMENT, WIDTHS, Bytes, Layout, Span, permutation_bytes, stored_bytes
-from mpfx.nn.packed import MixedPrecisionLinear, pack_permutation
+from mpfx.nn.packed import MixedPrecisionLinear, own_order, pack_permutation
 from mpfx.nn.packing import PackedWeight, QuantizedWeight, pack, reordered_rows, unpack, validate
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PackedWeight",
     "QuantizedWeight",
     "Span",
+    "own_order",
     "pack",
     "pack_permutation",
     "permutation_bytes",

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from types import MethodType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mpfx.nn.layout import SEGMENT, Layout, stored_bytes
-from mpfx.nn.packed import pack_permutation
+from mpfx.nn.packed import PackedModule, own_order, pack_permutation
 from mpfx.nn.packing import PackedWeight, unpack, unpack_codes, validate
 
 _PARTS = ("codes", "scales", "zeros", "mask", "widths")
 
 
-class PackedStack(nn.Module):
+class PackedStack(PackedModule):
     """The packed weights of all experts in the place of one parameter ``(experts, ., .)``.
 
     Every expert has a layout of its own: its codes, scales and zero points lie one after the other in flat tensors.
@@ -134,10 +134,8 @@ class PackedStack(nn.Module):
 
     def dense(self, expert: int) -> Tensor:
         """The dense weight ``(out, in)`` of one expert in the input's own channel order; made anew at every call."""
-        ordered = unpack(self.packed(expert)).dequantize().to(self.weight_dtype)
-        if self.permutation is None:
-            return ordered
-        return torch.empty_like(ordered).index_copy_(1, self.permutation[expert].long(), ordered)
+        order = None if self.permutation is None else self.permutation[expert]
+        return own_order(unpack(self.packed(expert)).dequantize().to(self.weight_dtype), order)
 
     def stacked(self) -> Tensor:
         """The whole parameter that this stands for, of shape ``shape``; made anew at every call."""
@@ -154,14 +152,6 @@ class PackedStack(nn.Module):
             f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
             f"code_bits={self.code_bits:.2f}{sparse}"
         )
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # A change of dtype is meant for computing; the stored scales stay what they are.
-        scales = self.scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:
-            self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
-        return self
 
 
 class PackedExperts(nn.Module):

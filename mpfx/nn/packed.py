@@ -18,7 +18,29 @@ def pack_permutation(order: Tensor) -> Tensor:
     return packed
 
 
-class MixedPrecisionLinear(nn.Module):
+def own_order(weight: Tensor, permutation: Tensor | None) -> Tensor:
+    """Columns of a weight ``(out, in)`` in the input's own order, where column k stands for ``permutation[k]``."""
+    if permutation is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, permutation.long(), weight)
+
+
+class PackedModule(nn.Module):
+    """What packed modules have in common: moved to another dtype, their scales stay what they are."""
+
+    scales: Tensor
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A change of dtype (`.half()`, `.to(torch.bfloat16)`) is meant for computing; the stored scales stay what
+        # they are.
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
+        return self
+
+
+class MixedPrecisionLinear(PackedModule):
     """A Linear layer over a :class:`PackedWeight`: any mix of widths, optional bitmask, optional channel order.
 
     Eager PyTorch: it unpacks the weight for every call, on any device and in any floating dtype of the input.
@@ -71,10 +93,7 @@ class MixedPrecisionLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight ``(out, in)`` in the input's own channel order; made anew at every access."""
-        ordered = unpack(self.packed).dequantize().to(self.weight_dtype)
-        if self.permutation is None:
-            return ordered
-        return torch.empty_like(ordered).index_copy_(1, self.permutation.long(), ordered)
+        return own_order(unpack(self.packed).dequantize().to(self.weight_dtype), self.permutation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., in)``; returns ``(..., out)``."""
@@ -89,12 +108,3 @@ class MixedPrecisionLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"code_bits={self.layout.code_bits:.2f}{sparse}"
         )
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # A change of dtype (`.half()`, `.to(torch.bfloat16)`) is meant for computing; the stored scales stay what
-        # they are.
-        scales = self.scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:
-            self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
-        return self

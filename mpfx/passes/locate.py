@@ -10,8 +10,9 @@ from torch import fx, nn
 from mpfx.graph import (
     InputGroup,
     Site,
-    calling_node,
+    calling_nodes,
     input_groups,
+    is_linear,
     permutation_folds,
     sites,
     traced_module,
@@ -52,6 +53,8 @@ class LocateSites(Pass):
     def ensures(self, gm: fx.GraphModule) -> None:
         """Something has to be left to compress."""
         if not annotations(gm, SITE):
+            if is_linear(traced_module(gm)):
+                raise ValueError("the module to compress is itself one Linear: name the module that holds it.")
             found = [f"{path} ({reason})" for path, reason in self.reasons(gm).items()]
             raise ValueError(f"no Linear is left to compress; found {few(found)}.")
 
@@ -122,8 +125,9 @@ def annotate(gm: fx.GraphModule, key: str, entries: Sequence[tuple[Site, str, An
     """Write annotations anew: ``(site, name, value)`` goes under ``name`` to the node that calls the site."""
     for node in gm.graph.nodes:
         node.meta.pop(key, None)
+    callers = calling_nodes(gm)
     for site, name, value in entries:
-        calling_node(gm, site).meta.setdefault(key, {})[name] = value
+        callers[site.path].meta.setdefault(key, {})[name] = value
 
 
 def annotations(gm: fx.GraphModule, key: str) -> dict[str, Any]:

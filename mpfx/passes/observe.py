@@ -43,7 +43,8 @@ def observed(
             (one expert's share) count in full.
     """
     moments: Accumulators = {}
-    mask_of = {group.name: _mask_name(inputs_behind(gm, group.sites[0])) for group in groups}
+    behind = inputs_behind(gm)
+    mask_of = {group.name: _mask_name(behind[group.sites[0].path]) for group in groups}
 
     def add(name: str, x: Tensor) -> None:
         if name not in moments:

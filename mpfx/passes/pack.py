@@ -30,11 +30,8 @@ class Pack(Pass):
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Replace."""
-        groups = annotations(gm, SOLVED).values()
-        modules: dict[str, nn.Module] = {}
-        for solved in groups:
-            modules.update(packed_linears(gm, solved))
-        modules.update(packed_experts(gm, {path: group for group in groups for path in group.weights}))
+        solved = {path: group for group in annotations(gm, SOLVED).values() for path in group.weights}
+        modules = {**packed_linears(gm, solved), **packed_experts(gm, solved)}
         return PassResult(gm, modified=True, undo=installed(traced_module(gm), modules))
 
     def ensures(self, gm: fx.GraphModule) -> None:
@@ -83,18 +80,15 @@ class FoldPermutations(Pass):
                 raise ValueError(f"group {solved.plan.name} still has a permutation.")
 
 
-def packed_linears(gm: fx.GraphModule, solved: SolvedGroup) -> dict[str, nn.Module]:
-    """Build the modules of the linear layers of one group, by path; they share the permutation."""
+def packed_linears(gm: fx.GraphModule, solved: Mapping[str, SolvedGroup]) -> dict[str, nn.Module]:
+    """Build the modules of all solved linear layers, by path; those of one group share the permutation."""
     modules: dict[str, nn.Module] = {}
-    linear = {site.path for site in sites(gm) if site.stack is None}
-    for path in solved.weights.keys() & linear:
-        site = gm.get_submodule(path)
-        dense = site.get_parameter("weight")
-        bias = getattr(site, "bias", None)
-        packed = MixedPrecisionLinear(
-            solved.weights[path], permutation=solved.permutation, bias=bias, dtype=dense.dtype
-        )
-        modules[path] = packed.to(dense.device).train(site.training)
+    for path in (site.path for site in sites(gm) if site.stack is None and site.path in solved):
+        layer, group = gm.get_submodule(path), solved[path]
+        dense = layer.get_parameter("weight")
+        bias = getattr(layer, "bias", None)
+        packed = MixedPrecisionLinear(group.weights[path], permutation=group.permutation, bias=bias, dtype=dense.dtype)
+        modules[path] = packed.to(dense.device).train(layer.training)
     return modules
 
 

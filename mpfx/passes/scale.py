@@ -75,9 +75,10 @@ def search(
 
 def _scalable(gm: fx.GraphModule) -> Iterator[tuple[InputGroup, ScaleFold, Tensor]]:
     """Input groups with the fold that scales their whole input, and the unit of every channel."""
+    folds = scale_folds(gm)
     for group in located(gm):
         paths = {site.path for site in group.sites}
-        for fold in scale_folds(gm):
+        for fold in folds:
             units = [unit for path, unit in fold.consumers if path in paths]
             if len(units) == len(paths) and all(torch.equal(unit, units[0]) for unit in units) and units[0].min() >= 0:
                 yield group, fold, units[0]

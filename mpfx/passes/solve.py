@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mpfx.allocate import GroupPlan
 from mpfx.graph import Block, InputGroup, blocks, run_block, sites, traced_module
-from mpfx.nn import PackedWeight, pack, pack_permutation, unpack
+from mpfx.nn import PackedWeight, own_order, pack, pack_permutation, unpack
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.locate import annotate, annotations, located, naming_sites
@@ -72,10 +72,7 @@ class SolvedGroup:
 
     def dense(self, path: str) -> Tensor:
         """The solved weight ``(out, in)`` in the input's own channel order, float32."""
-        ordered = unpack(self.weights[path]).dequantize()
-        if self.permutation is None:
-            return ordered
-        return torch.empty_like(ordered).index_copy_(1, self.permutation.long(), ordered)
+        return own_order(unpack(self.weights[path]).dequantize(), self.permutation)
 
 
 def solve_group(

@@ -147,7 +147,7 @@ def test_no_hook_is_left_after_an_exception(llama: Any, batches: Batches, valida
     [
         ("nothing", r"`module` to be the path of a submodule of CausalLM but got 'nothing'; .*'model'"),
         ("", "was not called during validation"),
-        ("model.lm_head", "no Linear is left to compress"),
+        ("model.lm_head", "is itself one Linear: name the module that holds it"),
     ],
 )
 def test_a_wrong_target_is_named(llama: Any, batches: Batches, validate: Validate, target: str, message: str) -> None:
