@@ -116,12 +116,14 @@ def expert_modules(gm: fx.GraphModule) -> dict[str, ExpertsFacts]:
 
 def calling_nodes(gm: fx.GraphModule) -> dict[str, fx.Node]:
     """For every site the first node that calls it, or the part around it that could not be traced; by path."""
-    return record_of(gm).cached("callers", gm.graph, lambda: _calling_nodes(gm))
+    record = record_of(gm)
+    return record.cached("callers", gm.graph, lambda: _calling_nodes(gm))
 
 
 def inputs_behind(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
     """For every site the names of the model's inputs that what it reads depends on; by path."""
-    return record_of(gm).cached("inputs", gm.graph, lambda: _inputs_behind(gm))
+    record = record_of(gm)
+    return record.cached("inputs", gm.graph, lambda: _inputs_behind(gm))
 
 
 def _calling_nodes(gm: fx.GraphModule) -> dict[str, fx.Node]:
@@ -130,7 +132,8 @@ def _calling_nodes(gm: fx.GraphModule) -> dict[str, fx.Node]:
     def caller(path: str) -> fx.Node:
         while path and path not in nodes:
             path = path.rpartition(".")[0]
-        return nodes[path or WHOLE]
+        node: fx.Node = nodes[path or WHOLE]
+        return node
 
     return {site.path: caller(site.module) for site in sites(gm)}
 

@@ -33,6 +33,8 @@ class Block:
         stages: The sites again, in the order of solving: those of one stage do not read what others of it make.
         units: The sites again, in the order of solving, where everything that may be solved on one and the same run of
             the block is together: one unit, but for a part that could not be traced and has repeated modules inside.
+        direct: Those sites that what earlier blocks' sites made reaches without passing through a site of this block:
+            their inputs carry the earlier blocks' errors along a residual, say, and not those of their neighbours.
         is_last: Whether it returns the result of the whole graph.
         repeated: Whether it is a unit for sequential solving, as opposed to what lies around these.
     """
@@ -44,6 +46,7 @@ class Block:
     sites: tuple[str, ...]
     stages: tuple[tuple[str, ...], ...]
     units: tuple[tuple[str, ...], ...]
+    direct: frozenset[str]
     is_last: bool
     repeated: bool
 
@@ -100,6 +103,7 @@ def _cut(gm: fx.GraphModule, record: TraceRecord) -> Iterator[Block]:
     labels = _repeated_children(record)
     parts = _split_at_children(nodes, labels) if labels else _split_at_bottlenecks(gm, record, nodes)
     parts = list(_merge(parts, _unbreakable(parts, record, gm.graph)))
+    touched = _behind_sites(gm.graph, record)
     for index, (part, name) in enumerate(zip(parts, _names(parts, bool(labels)), strict=True)):
         module = _part_module(gm, record, part, is_last=index + 1 == len(parts))
         yield Block(
@@ -110,6 +114,7 @@ def _cut(gm: fx.GraphModule, record: TraceRecord) -> Iterator[Block]:
             sites=tuple(dict.fromkeys(_sites_called(part, record))),
             stages=tuple(_stages(part, record)),
             units=tuple(_units(part, record, labels)),
+            direct=frozenset(_direct(part, record, touched)),
             is_last=index + 1 == len(parts),
             repeated=part.label is not None or not labels,
         )
@@ -159,6 +164,25 @@ def _stages(part: _Part, record: TraceRecord) -> Iterator[tuple[str, ...]]:
             level += 1
         depth[node] = level
     return (tuple(found[level]) for level in sorted(found) if found[level])
+
+
+def _behind_sites(graph: fx.Graph, record: TraceRecord) -> set[fx.Node]:
+    """Everything that depends on what some site makes."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_heavy(node, record) or any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _direct(part: _Part, record: TraceRecord, touched: set[fx.Node]) -> Iterator[str]:
+    inside, reached = set(part.nodes), set[fx.Node]()
+    for node in part.nodes:
+        if any(a in reached or (a not in inside and a in touched) for a in node.all_input_nodes):
+            if not _is_heavy(node, record):
+                reached.add(node)
+            elif node.target not in record.opaque:  # what happens inside of an opaque part nobody knows
+                yield from (path for step in _steps(node, record) for path in step)
 
 
 def _units(part: _Part, record: TraceRecord, labels: set[str]) -> Iterator[tuple[str, ...]]:
