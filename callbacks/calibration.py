@@ -1,16 +1,40 @@
-"""Watch a module during a validation loop: its real calls, and what its Linears read."""
+"""Watch a module during a validation loop: its real calls, what its Linears read, and what they mean to the loss."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torchmetrics import Metric
+from typing_extensions import override
 
-from mpfx.graph import InputGroup, bind_inputs
-from mpfx.passes import finalised, observed, padding_masks
+from mpfx.graph import InputGroup, bind_inputs, first_samples
+from mpfx.passes import (
+    Calibration,
+    CompressionConfig,
+    Reading,
+    Sensing,
+    check_feasible,
+    finalised,
+    located,
+    located_graph,
+    observed,
+    padding_masks,
+    run_passes,
+)
 from mpfx.stats import Moments
+
+Loss = Callable[[pl.LightningModule, Any], Tensor]
+"""From a module and a batch to a scalar loss that can be differentiated: the mean over the batch's samples."""
+
+_LOSS_SCALE = 2.0**10  # keeps the gradients of a mean loss within float16's range
 
 
 class CallRecorder:
@@ -32,11 +56,11 @@ class CallRecorder:
         self.module = module
         self.graph_module: fx.GraphModule | None = None
         self.calls: list[dict[str, Any]] = []
+        self.reading = Reading()
         self._prepare = prepare
         self._hooks = ExitStack()
         self._accumulators: dict[str, Any] = {}
         self._groups: list[InputGroup] = []
-        self._masks: Mapping[str, Tensor] = {}
 
     def open(self) -> None:
         """Start to listen."""
@@ -47,12 +71,23 @@ class CallRecorder:
         """Stop to listen; what was recorded stays."""
         self._hooks.close()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, calls are not recorded."""
+        before, self.reading = self.reading, Reading(paused=True)
+        try:
+            yield
+        finally:
+            self.reading = before
+
     def take_moments(self) -> dict[str, Moments]:
         """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
         taken = finalised(self._accumulators, self._groups)
         return {group.name: moments for group, moments, _ in taken if moments is not None}
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.reading.paused:
+            return
         # A validation loop runs in inference mode; what is recorded has to live on outside of it.
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
@@ -60,11 +95,185 @@ class CallRecorder:
                 self._start(args, kwargs)
             assert self.graph_module is not None
             values = bind_inputs(self.graph_module, args, kwargs)
-            self._masks = padding_masks(values)
+            self.reading = Reading(padding_masks(values))
             self.calls.append(pytree.tree_map_only(Tensor, lambda t: t.to("cpu"), values))
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.close()  # tracing calls the module: it must not record itself
         self.graph_module, self._groups = self._prepare(args, kwargs)
         self.open()
-        self._accumulators = self._hooks.enter_context(observed(self.graph_module, self._groups, lambda: self._masks))
+        self._accumulators = self._hooks.enter_context(observed(self.graph_module, self._groups, lambda: self.reading))
+
+
+class ModelCalibration(Callback):
+    """Gather in one ``trainer.validate(module, calibration_data)`` all that a compression needs.
+
+    While the loop runs, the callback records the real calls of the target module, traces it at the first one, and
+    gathers the statistics of every input group. With guidance, it runs every batch once more, forward and backward,
+    for the sensitivity of the loss; the loop's own results are undisturbed.
+
+    Args:
+        configs: what will be done: one or more, alike in scope, grid and passes.
+        module: path of the submodule to compress; "" for the LightningModule itself.
+        loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
+            (itself, or under "loss").
+
+    Attributes:
+        calibration: what was gathered, once the loop has ended.
+        seconds: by stage.
+    """
+
+    def __init__(self, *configs: CompressionConfig, module: str = "", loss: Loss | None = None) -> None:
+        self.configs, self.module, self.loss = configs, module, loss
+        self.seconds: dict[str, float] = {}
+        self.calibration: Calibration | None = None
+        self._recorder: CallRecorder | None = None
+        self._sensing: Sensing | None = None
+        self._way_back = ExitStack()  # of the user's own passes
+        self._started = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is gathered."""
+        return self.calibration is not None
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.done or trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
+            )
+        self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
+        self._recorder.open()
+        self._started = time.perf_counter()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._recorder is None or self._sensing is None:
+            return
+        with torch.inference_mode(False):
+            batch = pytree.tree_map_only(Tensor, torch.clone, batch)
+        samples = next((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+        def loss() -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                value = self._loss(pl_module, batch, batch_idx)
+            # A mean over fewer samples would count each of them more.
+            return value * (samples * _LOSS_SCALE) if isinstance(value, Tensor) else value
+
+        started, masks = time.perf_counter(), self._recorder.reading.masks
+        with self._recorder.paused(), undisturbed(pl_module):
+            self._sensing.batch(loss, masks)
+        self.seconds["sense"] = self.seconds.get("sense", 0.0) + time.perf_counter() - started
+
+    def _loss(self, pl_module: pl.LightningModule, batch: Any, index: int) -> Any:
+        if self.loss is not None:
+            return self.loss(pl_module, batch)
+        step = pl_module.validation_step(batch, index)
+        return step.get("loss") if isinstance(step, Mapping) else step
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recorder is None:
+            return
+        recorder = self._recorder
+        recorder.close()
+        other = self.seconds.get("trace", 0.0) + self.seconds.get("sense", 0.0)
+        self.seconds["observe"] = time.perf_counter() - self._started - other
+        if recorder.graph_module is None:
+            raise RuntimeError(
+                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
+                "nothing to trace: name the submodule that `validation_step` calls, as in "
+                "ModelCompression(config, module='model')."
+            )
+        try:
+            sensed = ({}, {}) if self._sensing is None else self._sensing.finalise()
+            self._sensing = None
+            calibration = Calibration(recorder.graph_module, recorder.calls, recorder.take_moments(), *sensed)
+            self._finish(trainer, pl_module, calibration)
+        except BaseException:
+            self._drop()
+            raise
+        self._way_back.pop_all()  # from here on the changes stay, and the dense weights may go
+        self._recorder = None
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
+        self.calibration = calibration
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._drop()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._drop()
+        if not self.done and trainer.state.fn == TrainerFn.VALIDATING:
+            raise RuntimeError("the validation loop ran no batch, so nothing was compressed: give it calibration data.")
+
+    def _drop(self) -> None:
+        self._sensing = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+        self._way_back.close()
+
+    def _target(self, pl_module: pl.LightningModule) -> nn.Module:
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError:
+            names = [name for name, _ in pl_module.named_children()]
+            raise ValueError(
+                f"Expected `module` to be the path of a submodule of {type(pl_module).__name__} but got "
+                f"{self.module!r}; its children are {names}."
+            ) from None
+
+    def _prepare(
+        self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[fx.GraphModule, list[InputGroup]]:
+        assert self._recorder is not None
+        started = time.perf_counter()
+        config = self.configs[0]
+        gm = located_graph(self._recorder.module, args, kwargs, config, whole)
+        for other in self.configs[1:]:
+            check_feasible(gm, other)
+        self.seconds["trace"] = time.perf_counter() - started
+        if config.passes:
+            sample = first_samples(gm, bind_inputs(gm, args, kwargs))
+            gm = run_passes(gm, config.passes, [sample], seconds=self.seconds, way_back=self._way_back)
+        if any(c.power for c in self.configs):
+            self._sensing = Sensing(gm, located(gm))
+        plain = any(c.measured and not c.power for c in self.configs)
+        return gm, located(gm) if plain else []
+
+
+@contextmanager
+def undisturbed(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Inside, a validation step may run once more: nothing is logged, and metrics are as before afterwards."""
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    attributes = [(metric, dict(metric.__dict__)) for metric in metrics]
+    silent = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+    shadowed = {name: pl_module.__dict__[name] for name in silent if name in pl_module.__dict__}
+    pl_module.__dict__.update(silent)
+    with torch.inference_mode(False):  # states made by the loop belong to its inference mode
+        for metric in metrics:
+            for name in metric._defaults:
+                setattr(metric, name, pytree.tree_map_only(Tensor, torch.clone, getattr(metric, name)))
+    try:
+        yield
+    finally:
+        for name in silent:
+            del pl_module.__dict__[name]
+        pl_module.__dict__.update(shadowed)
+        for metric, before in attributes:
+            metric.__dict__.clear()
+            metric.__dict__.update(before)

@@ -259,7 +259,7 @@ class SparseGPT:
         quantizer = self.quantizer or Quantizer()
         order = bits.argsort(descending=True, stable=True).to(weight.device)
         layout = Layout(len(bits), tuple(bits[order.cpu()].tolist()), None, segment=1)
-        grid = GridConfig(group_size=None, symmetric=quantizer.sym, clip_search=quantizer.mse)
+        grid = GridConfig(group_size=None, symmetric=quantizer.sym, clip_search=quantizer.mse, scale_bits=16)
         hessian, before = hessian[order][:, order], weight.float()[:, order]
         solved = sweep(before, factorise(hessian, damping).upper, layout, grid, pattern)
         after = solved.dequantize()

@@ -3,37 +3,52 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.logging import RichHandler
 
-from mpfx.config import RunConfig, TrainerConfig
 from mpfx.graph import TraceError
-from mpfx.lm.data import EvaluationData
 from mpfx.passes import PassError
+
+QUALITY_CONFIG = "configs/quality.yaml"
+"""What `mpfx bench quality` reads where no other config is named."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``mpfx``; returns the exit status: 0, or 2 for input that was refused."""
-    top = parser()
-    options = top.parse_args(args)
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["bench"] and not any(word.split("=")[0] == "--config" for word in given):
+        given += ["--config", QUALITY_CONFIG]
+    top = parser(given[0] if given and given[0] in _COMMANDS else None)
+    options = top.parse_args(given)
+    command = _COMMANDS[options.command]
     try:
-        options = top.instantiate(options)
-        chosen = options[options.command]
-        with _logging(chosen.log_level):
-            return _compress(chosen) if options.command == "compress" else _evaluate(chosen)
-    except (ValueError, OSError, ImportError, PassError, TraceError, MisconfigurationException) as error:
-        reason: object = error.__cause__ if isinstance(error, PassError) else error
+        if not command.raw:
+            options = top.instantiate(options)
+        with _logging(options[options.command].log_level):
+            return command.run(options[options.command])
     except torch.OutOfMemoryError as error:
-        reason = f"out of memory; lower `calibration.batch_size` or `evaluation.batch_size`. {error}"
+        reason: object = f"out of memory; lower `calibration.batch_size` or `evaluation.batch_size`. {error}"
+    except Exception as error:
+        if not _refused(error):
+            raise
+        reason = error.__cause__ if isinstance(error, PassError) else error
     Console(stderr=True).print(f"mpfx {options.command}: {reason}", style="red", markup=False, soft_wrap=True)
     return 2
+
+
+def _refused(error: Exception) -> bool:
+    """Whether an error is about what the user gave."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not loaded: it cannot have raised
+    misconfigured = () if lightning is None else (lightning.MisconfigurationException,)
+    return isinstance(error, (ValueError, OSError, ImportError, PassError, TraceError, *misconfigured))
 
 
 class _Parser(ArgumentParser):
@@ -58,36 +73,55 @@ def _logging(level: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def parser() -> _Parser:
-    """Build the parser of all commands."""
+def parser(command: str | None = None) -> _Parser:
+    """Build the parser of all commands, or of one, which spares what the others import."""
     top = _Parser(prog="mpfx", description="Pick a size, get the best language model of that size.")
     commands = top.add_subcommands(dest="command", required=True)
-    compress = _Parser(description="Compress a model; write a checkpoint and report.json.")
-    compress.add_argument("--config", action="config", help="YAML file with any of the fields below.")
-    compress.add_class_arguments(RunConfig, None, instantiate=False)
-    evaluate = _Parser(description="Measure the perplexity of a checkpoint or a model.")
-    evaluate.add_argument("model", help="Folder of an mpfx checkpoint, or whatever `mpfx compress --model` takes.")
-    evaluate.add_class_arguments(EvaluationData, "evaluation")
-    evaluate.add_class_arguments(TrainerConfig, "trainer")
-    evaluate.add_argument("--progress", type=bool, default=True, help="Show a progress bar.")
-    evaluate.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with the model.")
-    evaluate.add_argument("--json", action="store_true", help="Print JSON.")
-    for name, command in (("compress", compress), ("evaluate", evaluate)):
-        command.add_argument(
+    for name in _COMMANDS if command is None else (command,):
+        built = _COMMANDS[name].parser()
+        built.add_argument(
             "--log_level", default="warning", choices=("debug", "info", "warning"), help="Of mpfx's loggers."
         )
-        commands.add_subcommand(name, command)
+        commands.add_subcommand(name, built)
     return top
 
 
+def _run_parser(description: str) -> _Parser:
+    """A parser of all the fields of a run."""
+    from mpfx.config import RunConfig
+
+    built = _Parser(description=description)
+    built.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    built.add_class_arguments(RunConfig, None, instantiate=False)
+    return built
+
+
+def _compress_parser() -> _Parser:
+    return _run_parser("Compress a model; write a checkpoint, the plan, the frontier and report.json.")
+
+
 def _compress(options: Namespace) -> int:
-    fields = vars(options).copy()
+    from mpfx.config import RunConfig
     from mpfx.run import compress
 
+    fields = vars(options).copy()
     del fields["config"], fields["log_level"]
-    report = compress(RunConfig(**fields))
-    report.print(Console())
+    compress(RunConfig(**fields)).print(Console())
     return 0
+
+
+def _evaluate_parser() -> _Parser:
+    from mpfx.config import TrainerConfig
+    from mpfx.lm.data import EvaluationData
+
+    built = _Parser(description="Measure the perplexity of a checkpoint or a model.")
+    built.add_argument("model", help="Folder of an mpfx checkpoint, or whatever `mpfx compress --model` takes.")
+    built.add_class_arguments(EvaluationData, "evaluation")
+    built.add_class_arguments(TrainerConfig, "trainer")
+    built.add_argument("--progress", type=bool, default=True, help="Show a progress bar.")
+    built.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with the model.")
+    built.add_argument("--json", action="store_true", help="Print JSON.")
+    return built
 
 
 def _evaluate(options: Namespace) -> int:
@@ -105,6 +139,164 @@ def _evaluate(options: Namespace) -> int:
     else:
         Console().print(f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens")
     return 0
+
+
+def _allocate_parser() -> _Parser:
+    from mpfx.allocate import OptimalConfig
+
+    built = _Parser(description="Solve another size from a frontier, without the model.")
+    built.add_argument("--frontier", required=True, help="Folder that `mpfx compress` wrote to.")
+    built.add_argument("--bits_per_weight", "--bits-per-weight", type=float, help="Stored bits, everything counted.")
+    built.add_argument("--code_bits", "--code-bits", type=float, help="Average width of the codes alone.")
+    built.add_class_arguments(OptimalConfig, "optimal", skip={"widths"})
+    built.add_argument("--output", help="JSON file for the plan.")
+    built.add_argument("--json", action="store_true", help="Print JSON.")
+    return built
+
+
+def _allocate(options: Namespace) -> int:
+    from dataclasses import replace
+
+    from mpfx.allocate import answer, load_frontier, save_plan
+
+    target, in_codes = options.bits_per_weight, options.code_bits is not None
+    if in_codes == (target is not None):
+        raise ValueError("Expected exactly one of `bits_per_weight` and `code_bits`.")
+    domains = load_frontier(options.frontier)
+    config = replace(options.optimal, widths=domains[0].frontier.widths)
+    found = answer(domains, options.code_bits if in_codes else target, config, code_bits=in_codes)
+    if options.output:
+        save_plan(found.plans, options.output)
+    facts = {
+        "stored bits per weight": found.bits_per_weight,
+        "code bits": found.code_bits,
+        "distortion": found.distortion,
+        "gap to the bound": found.gap,
+        "stored bytes": found.stored_bytes,
+        f"of use: {'code_bits' if in_codes else 'bits_per_weight'}": list(found.feasible),
+    }
+    if options.json:
+        print(json.dumps({**facts, "kinds": [asdict(kind) for kind in found.kinds]}))
+        return 0
+    from mpfx.report import table
+
+    shown = [f"{v:.2%}" if k.startswith("gap") else _number(v) for k, v in facts.items()]
+    console = Console()
+    console.print(table(["", "value"], list(zip(facts, shown, strict=True))))
+    rows = [
+        [
+            kind.name,
+            str(kind.sites),
+            f"{kind.bits_per_weight:.3f}",
+            ", ".join(f"{pattern}: {count}" for pattern, count in kind.sparsity.items()),
+            f"{kind.left_out:,} of {kind.channels:,}",
+        ]
+        for kind in found.kinds
+    ]
+    console.print(table(["kind of site", "sites", "stored bits", "sparsity", "channels left out"], rows))
+    return 0
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(f"{number:.3f}" for number in value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _sweep_parser() -> _Parser:
+    built = _run_parser("Compress with every combination of some fields' values, on one calibration, and compare.")
+    built.add_argument(
+        "--vary", action="append", nargs="+", default=[], metavar="FIELD VALUE", help="Field, and its values."
+    )
+    _add_also(built)
+    return built
+
+
+def _add_also(built: _Parser) -> None:
+    built.add_argument("--also", action="append", default=[], metavar="TEXT", help="Further text to measure on.")
+
+
+def _sweep(options: Namespace) -> int:
+    from mpfx.report import table
+    from mpfx.search import cells, plot, sweep
+
+    output = Path(options.output)
+    found = sweep(_base(options), options.vary, output, options.also)
+    note = plot(found, output / "sweep.png")
+    head, rows = cells(found)
+    _print_search(table(head, rows), found.dense, note, output)
+    return 0 if any(outcome.result for outcome in found.outcomes) else 2
+
+
+def _bench_parser() -> _Parser:
+    from mpfx.bench import BITS
+
+    built = _run_parser(f"Measure the defaults against their alternatives. Config by default: {QUALITY_CONFIG}.")
+    built.add_argument("suite", choices=("quality",), help="Which table.")
+    built.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="Stored bits of the rows.")
+    built.add_argument("--rows", nargs="+", default=[], metavar="PATTERN", help="Only rows with such names.")
+    _add_also(built)
+    return built
+
+
+def _bench(options: Namespace) -> int:
+    from mpfx.bench import bench, cells, chosen_rows, plot
+    from mpfx.report import table
+
+    output, console = Path(options.output), Console(stderr=True)
+    found = bench(
+        _base(options),
+        chosen_rows(options.rows),
+        output,
+        bits=options.bits,
+        also=options.also,
+        on_row=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+    )
+    note = plot(found, output / "bench.png")
+    head, rows = cells(found)
+    _print_search(table(head, rows), found.dense, note, output)
+    return 0 if any(outcome.result for outcome in found.outcomes) else 2
+
+
+def _base(options: Namespace) -> dict[str, Any]:
+    """The fields of the run, as a config file has them."""
+    own = ("config", "log_level", "vary", "also", "suite", "bits", "rows")
+    return {name: value for name, value in options.as_dict().items() if name not in own}
+
+
+def _print_search(shown: Any, dense: Mapping[str, float], note: str | None, output: Path) -> None:
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: as wide as the table
+        console = Console(width=240)
+    for text, perplexity in dense.items():
+        console.print(f"dense: perplexity {perplexity:.3f} on {text}", highlight=False, markup=False)
+    console.print(shown)
+    if note:
+        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+    console.print(f"written to {output}", highlight=False, markup=False)
+
+
+class _Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        parser: makes its parser.
+        run: takes its options.
+        raw: whether it takes them as they were given, not as objects.
+    """
+
+    parser: Callable[[], _Parser]
+    run: Callable[[Namespace], int]
+    raw: bool = False
+
+
+_COMMANDS = {
+    "compress": _Command(_compress_parser, _compress),
+    "evaluate": _Command(_evaluate_parser, _evaluate),
+    "allocate": _Command(_allocate_parser, _allocate),
+    "sweep": _Command(_sweep_parser, _sweep, raw=True),
+    "bench": _Command(_bench_parser, _bench, raw=True),
+}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """The fields of a run, as a config file or the command line gives them."""
 
+from argparse import ArgumentError
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from jsonargparse import ArgumentParser
 
 from mpfx.lm.data import CalibrationData, EvaluationData
 from mpfx.passes.config import CompressionConfig
@@ -49,3 +55,23 @@ class RunConfig(CompressionConfig):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     trust_remote_code: bool = False
     progress: bool = True
+
+
+def parse_run(fields: Mapping[str, Any]) -> RunConfig:
+    """Read the fields of a run, nested as in a config file; a text may stand for a value, as on the command line.
+
+    Raises:
+        ValueError: for a field or value that there is not, naming it.
+    """
+    parser = _run_parser()
+    try:
+        return RunConfig(**vars(parser.instantiate(parser.parse_object(dict(fields)))))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(" ".join(str(getattr(error, "message", error)).split())) from error
+
+
+@cache
+def _run_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig, None, instantiate=False)
+    return parser

@@ -3,71 +3,83 @@
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-from rich.console import Console
+from torch import fx
 
+from mpfx.allocate import PLAN_FILE, remove_frontier, save_frontier, save_plan
 from mpfx.callbacks import ModelCompression
 from mpfx.config import REPORT, RunConfig, TrainerConfig
 from mpfx.graph import opaque_parts
 from mpfx.hub.checkpoint import MANIFEST, load, save, tensor_bytes
 from mpfx.hub.source import Source, load_model
-from mpfx.lm import CausalLM, EvaluationData, TextDataModule, make_trainer
+from mpfx.lm import CausalLM, EvaluationData, TextDataModule
 from mpfx.lm import evaluate as validate
-from mpfx.lm.module import model_inputs
-from mpfx.passes import LocateSites, Pass, SolvedGroup, located_graph
-from mpfx.report import Report, SiteReport, peak_memory_bytes
+from mpfx.passes import LocateSites, Pass, SolvedGroup
+from mpfx.report import AllocationReport, Report, peak_memory_bytes
+from mpfx.session import (
+    Session,
+    allocation_report,
+    check_length,
+    measured,
+    measured_domains,
+    sizes,
+    status,
+    trainer_of,
+)
 
 _NO_TOKENIZER = "no usable tokenizer; save one along with mpfx.save(model, path, tokenizer=...)."
 
 
 def compress(config: RunConfig) -> Report:
-    """Compress a language model; write checkpoint and report to ``config.output``.
+    """Compress a language model; write checkpoint, plan, frontier and report to ``config.output``.
 
     Raises:
         ValueError: for a model, text or size that cannot be had, before anything is written.
         FileNotFoundError: likewise.
     """
-    _check_output(Path(config.output))
+    check_output(Path(config.output))
     if (Path(config.model) / MANIFEST).is_file():
         raise ValueError(f"Expected `model` to be a dense model but {config.model!r} is compressed already.")
-    seconds: dict[str, float] = {}
     started = time.perf_counter()
-    trainer = _trainer(config.trainer, config.progress)
-    with _measured(seconds, "load"), _status(f"loading {config.model} and text", config.progress):
-        source = load_model(config.model, trust_remote_code=config.trust_remote_code)
-        data = TextDataModule(source.tokenizer, config.calibration, config.evaluation)
-        _check_length(source, calibration=config.calibration.length, evaluation=config.evaluation.length)
-        data.setup("validate")
-        # The callback traces again, on the device and in the precision of the Trainer.
-        located_graph(source.model, (), model_inputs(source.model, next(iter(data.calibration_dataloader()))), config)
-    module, dense_bytes = CausalLM(source.model), tensor_bytes(source.model)
-    with _measured(seconds, "evaluate"):
-        dense = validate(trainer, module, data.val_dataloader())
+    session = Session(config)
+    session.check(config)
+    model, dense_bytes = session.source.model, tensor_bytes(session.source.model)
+    (dense,) = session.measure().values()
     callback = ModelCompression(config, module="model", progress=config.progress)
-    validate(_trainer(config.trainer, config.progress, callback), module, data.calibration_dataloader())
-    with _measured(seconds, "evaluate"):
-        compressed = validate(trainer, module, data.val_dataloader())
-    with _measured(seconds, "save"), _status(f"saving to {config.output}", config.progress):
-        stored = save(source.model, config.output, tokenizer=source.tokenizer)
-    assert callback.graph_module is not None
+    session.loop(callback)
+    (compressed,) = session.measure().values()
+    gm = callback.graph_module
+    assert gm is not None
+    with measured(session.seconds, "save"), status(f"saving to {config.output}", config.progress):
+        stored = save(model, config.output, tokenizer=session.source.tokenizer)
+        _save_decisions(gm, callback.solved, config)
+    allocation = allocation_report(gm, config)
     report = Report(
         model=config.model,
-        perplexity={"dense": dense["perplexity"], "compressed": compressed["perplexity"]},
-        **_sizes(callback.solved),
+        perplexity={"dense": dense, "compressed": compressed},
+        **sizes(callback.solved),
         bytes={"dense": dense_bytes, "compressed": stored},
-        seconds={**seconds, **callback.seconds, "total": time.perf_counter() - started},
-        peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-        left_dense=LocateSites(config.scope).reasons(callback.graph_module),
-        notes=[*_notes(config, callback.solved), *map(str, opaque_parts(callback.graph_module))],
+        seconds={**session.seconds, **callback.seconds, "total": time.perf_counter() - started},
+        peak_memory_bytes=peak_memory_bytes(session.trainer.strategy.root_device),
+        allocation=allocation,
+        left_dense=LocateSites(config.scope).reasons(gm),
+        notes=[*_notes(config, callback.solved, allocation), *map(str, opaque_parts(gm))],
         config=_plain(config),
     )
     report.save(Path(config.output) / REPORT)
     return report
+
+
+def _save_decisions(gm: fx.GraphModule, solved: tuple[SolvedGroup, ...], config: RunConfig) -> None:
+    """Write what the checkpoint's widths follow from; nothing of an earlier run stays."""
+    save_plan([group.plan for group in solved], Path(config.output) / PLAN_FILE)
+    if measured := measured_domains(gm, config):
+        save_frontier(measured, config.output)
+    else:
+        remove_frontier(config.output)
 
 
 def evaluate(
@@ -83,12 +95,12 @@ def evaluate(
     Returns:
         ``model``, ``perplexity``, ``loss`` (nats per token), ``tokens`` scored, ``bytes`` of the weight tensors.
     """
-    with _status(f"loading {model} and text", progress):
+    with status(f"loading {model} and text", progress):
         source = _open(model, trust_remote_code)
-        _check_length(source, evaluation=evaluation.length)
+        check_length(source, evaluation=evaluation.length)
         data = TextDataModule(source.tokenizer, evaluation=evaluation)
         data.setup("validate")
-    result = validate(_trainer(trainer, progress), CausalLM(source.model), data.val_dataloader())
+    result = validate(trainer_of(trainer, progress), CausalLM(source.model), data.val_dataloader())
     windows, length = data.evaluation_windows.shape
     return {"model": model, **result, "tokens": windows * (length - 1), "bytes": tensor_bytes(source.model)}
 
@@ -109,7 +121,7 @@ def _open(model: str, trust_remote_code: bool) -> Source:
     return Source(model=loaded, tokenizer=tokenizer, name=model)
 
 
-def _check_output(folder: Path) -> None:
+def check_output(folder: Path) -> None:
     """Refuse to write where something else lies."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -123,58 +135,36 @@ def _check_output(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _measured(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _status(text: str, shown: bool) -> AbstractContextManager[Any]:
-    """Show a spinner while something runs that has no progress of its own."""
-    return Console(stderr=True).status(text) if shown else nullcontext()
-
-
-def _trainer(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Trainer:
-    return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress)
-
-
-def _check_length(source: Source, **lengths: int) -> None:
-    """Refuse windows that are longer than the model's positions: they would fail, or mean nothing."""
-    most = getattr(source.model.config, "max_position_embeddings", None)
-    for name, length in lengths.items():
-        if most is not None and length > most:
-            raise ValueError(
-                f"Expected `{name}.length` of at most {most}, the positions of {source.name}, but got {length}."
-            )
-
-
-def _sizes(solved: tuple[SolvedGroup, ...]) -> dict[str, Any]:
-    entries: list[SiteReport] = [entry for group in solved for entry in group.reports()]
-    numel = [group.plan.rows[path] * len(group.plan.bits) for group in solved for path in group.plan.rows]
-    total = sum(numel)
-    return {
-        "bits_per_weight": 8 * sum(group.stored_bytes for group in solved) / total,
-        "code_bits": sum(entry.code_bits * n for entry, n in zip(entries, numel, strict=True)) / total,
-        "sparsity": sum(entry.sparsity * n for entry, n in zip(entries, numel, strict=True)) / total,
-        "sites": entries,
-    }
-
-
-def _notes(config: RunConfig, solved: tuple[SolvedGroup, ...]) -> list[str]:
-    sizes = _sizes(solved)
+def _notes(config: RunConfig, solved: tuple[SolvedGroup, ...], allocation: AllocationReport | None) -> list[str]:
     unit = "bits_per_weight" if config.code_bits is None else "code_bits"
-    if config.allocation == "budget" and not config.block_bits and sizes[unit] < 0.999 * config.target:
-        return [
-            f"{unit} is {sizes[unit]:.3f}, {config.target:g} was asked for: whole segments of 32 channels of "
-            f"{list(config.tiers.widths)} bits come no closer from below."
-        ]
-    if config.allocation not in ("threshold", "quantile"):
-        return []
-    return [
-        f"the tiers of allocation {config.allocation} set the size: {unit} is {sizes[unit]:.3f}, "
-        f"{config.target:g} was asked for; allocation budget meets a target."
-    ]
+    found = sizes(solved)[unit]
+    notes = [] if allocation is None or not allocation.sparsity else [_sparsity_note(solved)]
+    if config.allocation in ("threshold", "quantile"):
+        notes.append(
+            f"the tiers of allocation {config.allocation} set the size: {unit} is {found:.3f}, {config.target:g} was "
+            "asked for; allocation budget meets a target."
+        )
+    elif config.allocation in ("budget", "optimal") and not config.block_bits and found < 0.999 * config.target:
+        notes.append(f"{unit} is {found:.3f}, {config.target:g} was asked for: {_reason(config, allocation)}.")
+    return notes
+
+
+def _reason(config: RunConfig, allocation: AllocationReport | None) -> str:
+    """Why a size is not met from below."""
+    widths = list(config.widths)
+    if allocation is None:
+        return f"whole segments of 32 channels of {widths} bits come no closer from below"
+    budget = allocation.budget_bytes
+    if budget is not None and config.code_bits is None and allocation.stored_bytes >= 0.999 * budget:
+        return "masked codes are counted at most beforehand, and took less"
+    return f"no choice of {widths} bits within the limits spends the rest and lowers the estimated loss"
+
+
+def _sparsity_note(solved: tuple[SolvedGroup, ...]) -> str:
+    pruned = sum(bool(group.plan.sparsity) for group in solved)
+    if not pruned:
+        return f"at this budget sparsity paid on none of the {len(solved)} input groups."
+    return f"sparsity paid on {pruned} of {len(solved)} input groups."
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,9 @@ FLOORS = [  # every import goes down, none stays on its floor
     {"passes", "classic"},
     {"callbacks"},
     {"config"},
-    {"run"},
+    {"session"},
+    {"run", "search"},
+    {"bench"},
     {"cli"},
 ]
 
@@ -74,6 +76,19 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"transformers", "da
 """
     assert run_python(code).strip() == "[]"
     assert "transformers" in run_python(code.replace("import mpfx\n", "import mpfx, transformers\n"))  # it can fail
+
+
+def test_solving_a_budget_loads_no_model_library() -> None:
+    code = """
+import sys
+from mpfx.cli import main
+try:
+    main(["allocate", "--help"])
+except SystemExit:
+    pass
+print(sorted({name.split(".")[0] for name in sys.modules} & {"transformers", "datasets", "lightning"}))
+"""
+    assert run_python(code).strip().endswith("[]")
 
 
 def test_public_names_exist() -> None:

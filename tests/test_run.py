@@ -17,7 +17,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import mpfx
+from mpfx.allocate import load_frontier, load_plan
 from mpfx.cli import main
+from mpfx.config import RunConfig, parse_run
 from mpfx.nn import MixedPrecisionLinear
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,9 @@ def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert len(report["sites"]) == 12
     assert list(report["left_dense"]) == ["lm_head"]
     assert report["bytes"]["compressed"] < report["bytes"]["dense"]
+    assert report["allocation"] is None
+    assert not (tmp_path / "out" / "frontier.json").exists()
+    assert sum(len(entry.sites) for entry in load_plan(tmp_path / "out" / "plan.json")) == 12
     stored = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert stored - report["bytes"]["compressed"] < 40_000  # the header: names and offsets
     bits = sum(s["bits_per_weight"] * n for s, n in zip(report["sites"], numels(tmp_path / "out"), strict=True))
@@ -85,6 +90,51 @@ def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert result["tokens"] == 8 * 31
     assert main(["evaluate", str(folder / "opt"), *evaluation(folder), "--progress", "false"]) == 0
     assert f"perplexity {report['perplexity']['dense']:.4f}" in capsys.readouterr().out
+
+
+_OPTIMAL = ("--allocation", "optimal", "--code_bits", "null", "--sparsity", "null", "--bits_per_weight")
+
+
+def test_optimal_runs_leave_their_frontier(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(folder, out, *_OPTIMAL, "4")) == 0
+    shown = capsys.readouterr().out
+    assert "gap to the best allocation" in shown
+    assert "input channels left out" in shown
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["seconds"]) >= {"sense", "allocate", "solve"}
+    found = report["allocation"]
+    assert 0 <= found["gap"] == pytest.approx(found["distortion"] / found["bound"] - 1)
+    assert 0.99 * found["budget_bytes"] < found["stored_bytes"] <= found["budget_bytes"]
+    weights = sum(numels(out))
+    assert report["bits_per_weight"] == pytest.approx(8 * found["stored_bytes"] / weights)
+    assert found["sparsity"] == {}
+    (domain,) = load_frontier(out)
+    assert domain.target == 4
+    assert domain.frontier.widths == (0, 1, 2, 3, 4, 5, 6, 7, 8)
+
+    assert main(arguments(folder, out)) == 0  # over it, with another allocation: the frontier is not this model's
+    assert not list(out.glob("frontier.*"))
+
+
+def test_reports_say_where_sparsity_paid(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(folder, out, *_OPTIMAL, "3", "--sparsity", "auto")) == 0
+    report = json.loads((out / "report.json").read_text())
+    chosen = report["allocation"]["sparsity"]
+    assert len(chosen) == 12
+    assert set(chosen.values()) <= {"0", "0.25", "0.5"}
+    (note,) = [note for note in report["notes"] if "sparsity paid" in note]
+    pruned = {path for path, pattern in chosen.items() if pattern != "0"}
+    assert ("none of the 8" if not pruned else "of 8 input groups") in note
+
+
+def test_budgets_that_are_not_spent_are_told(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(folder, out, *_OPTIMAL, "12")) == 0
+    (note,) = json.loads((out / "report.json").read_text())["notes"]
+    assert "12 was asked for" in note
+    assert "lowers the estimated loss" in note
 
 
 _INFEASIBLE = [  # by the shapes of this model's layers, which only a trace tells
@@ -102,6 +152,9 @@ def numels(output: Path) -> list[int]:
     return [m.in_features * m.out_features for m in modules]
 
 
+_ROWS = ("--grid.scale_bits", "16", "--grid.group_size", "null")  # scales of whole rows
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -109,7 +162,7 @@ def numels(output: Path) -> list[int]:
         ("--allocation", "threshold", "--sparsity", "null"),
         ("--allocation", "fixed", "--code_bits", "16"),
         ("--allocation", "budget", "--code_bits", "null", "--bits_per_weight", "6", "--sparsity", "null"),
-        ("--allocation", "fixed", "--code_bits", "4", "--scope.head", "true", "--grid.group_size", "null"),
+        ("--allocation", "fixed", "--code_bits", "4", "--scope.head", "true", *_ROWS),
     ],
     ids=lambda more: "-".join(more[1::2]),
 )
@@ -164,7 +217,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
 def test_infeasible_sizes_are_refused_before_the_dense_model_is_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mpfx.run as room
+    import mpfx.session as room
 
     monkeypatch.setattr(room, "validate", lambda *args: pytest.fail("measured"))
     for more in (_INFEASIBLE, ["--scope.exclude", "[nope]"], ["--allocation", "budget", "--block_bits", '{"nope": 3}']):
@@ -244,6 +297,9 @@ def test_every_config_is_complete(path: Path) -> None:
     options: Any = parser().parse_args(["compress", "--config", str(path)])
     assert options.compress.model == fields["model"]
     assert options.compress.output == fields["output"]
+    config = parse_run(fields)
+    assert isinstance(config, RunConfig)
+    assert config.target == fields.get("bits_per_weight", fields.get("code_bits"))
 
 
 def test_debug_level_shows_scores(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

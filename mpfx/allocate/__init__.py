@@ -1,26 +1,50 @@
 """From statistics to a plan: importance, strategies, and what a plan costs."""
 
+from mpfx.allocate.answer import Answer, Kind, answer
+from mpfx.allocate.choose import Allocation, OptimalConfig, WidthLimit, choose
+from mpfx.allocate.frontier import Curve, Frontier, GroupFrontier, with_curves
 from mpfx.allocate.importance import ImportanceConfig, block_means, importance, signals
 from mpfx.allocate.plan import GroupPlan, code_bits_per_weight, confined_order, is_free, stored_bits_per_weight
+from mpfx.allocate.planfile import PLAN_FILE, PlanEntry, load_plan, save_plan
 from mpfx.allocate.scaling import ChannelScales, search_scales
+from mpfx.allocate.storage import Domain, load_frontier, remove_frontier, save_frontier
 from mpfx.allocate.strategies import ThresholdConfig, TierConfig, budget, fixed, quantile, threshold
 
 __all__ = [
+    "PLAN_FILE",
+    "Allocation",
+    "Answer",
     "ChannelScales",
+    "Curve",
+    "Domain",
+    "Frontier",
+    "GroupFrontier",
     "GroupPlan",
     "ImportanceConfig",
+    "Kind",
+    "OptimalConfig",
+    "PlanEntry",
     "ThresholdConfig",
     "TierConfig",
+    "WidthLimit",
+    "answer",
     "block_means",
     "budget",
+    "choose",
     "code_bits_per_weight",
     "confined_order",
     "fixed",
     "importance",
     "is_free",
+    "load_frontier",
+    "load_plan",
     "quantile",
+    "remove_frontier",
+    "save_frontier",
+    "save_plan",
     "search_scales",
     "signals",
     "stored_bits_per_weight",
     "threshold",
+    "with_curves",
 ]

@@ -96,7 +96,8 @@ class GroupPlan:
             # The mask is chosen among the rows of all sites, so a site's own share is known on average only; of its
             # streams, each as long as whole blocks of 32 codes, one block more than the average is the most in all.
             kept = tuple(32 + self._kept(run, layout, rows) for run in layout.runs)
-        return stored_bytes(layout, rows, symmetric=self.grid.symmetric, kept=kept).total
+        grid = self.grid
+        return stored_bytes(layout, rows, symmetric=grid.symmetric, scale_bits=grid.scale_bits, kept=kept).total
 
     def _kept(self, run: Span, layout: Layout, rows: int) -> int:
         panels = [panel for panel in layout.panels if run.start <= panel.start < run.stop]

@@ -1,13 +1,13 @@
 """mpfx's own checkpoint: a folder with ``model.safetensors`` and ``mpfx.json``.
 
-``model.safetensors`` holds, little-endian, for every packed site ``<path>.codes``, ``.scales``, ``.widths`` and
-where they exist ``.zeros``, ``.mask`` and ``.bias`` (see :class:`mpfx.nn.PackedWeight`), for every packed
-parameter of experts the same without ``.bias`` (see :class:`mpfx.nn.experts.PackedStack`), every permutation once as
-``mpfx:permutation:<k>``, all other parameters and persistent buffers of the model under their own names, and floating
-buffers that its state dict leaves out (rotary tables, whose dtype depends on the model's history) as
-``mpfx:buffer:<name>``. ``mpfx.json`` is the manifest: format version (2 with packed experts, else 1), the packed
-sites and experts with their sizes, which tensors share memory, and anything the caller adds. It is put in place last,
-so a folder with a manifest is whole.
+``model.safetensors`` holds, little-endian, for every packed site ``<path>.codes``, ``.widths``, either ``.scales`` or
+``.scale_codes``, ``.row_scales`` and ``.group_scales`` (see :class:`mpfx.nn.CodedScales`), and where they exist
+``.zeros``, ``.mask`` and ``.bias`` (see :class:`mpfx.nn.PackedWeight`), for every packed parameter of experts the
+same without ``.bias`` (see :class:`mpfx.nn.experts.PackedStack`), every permutation once as ``mpfx:permutation:<k>``,
+all other parameters and persistent buffers of the model under their own names, and floating buffers that its state dict
+leaves out (rotary tables, whose dtype depends on the model's history) as ``mpfx:buffer:<name>``. ``mpfx.json`` is the
+manifest: format version (2 with packed experts, else 1), the packed sites and experts with their sizes, which tensors
+share memory, and anything the caller adds. It is put in place last, so a folder with a manifest is whole.
 Beside them lies whatever the model's own library needs (config, tokenizer).
 """
 

@@ -12,22 +12,17 @@ from torch import Tensor, nn
 
 from mpfx.graph import is_linear, linear_weight
 from mpfx.hub.contents import CONFIG, GENERATION, Packed, check_order, dense_tensors, paths_of
+from mpfx.hub.header import SITE_PARTS, STACK_PARTS, Header, TensorInfo, check_header, read_header
 from mpfx.hub.manifest import (
     BUFFER,
     FLOATS,
-    PARTS,
     PERMUTATION,
-    STACK_PARTS,
     WEIGHTS,
     CheckpointError,
-    Header,
     Manifest,
     SiteEntry,
     StackEntry,
-    TensorInfo,
-    check_header,
     inside,
-    read_header,
     read_manifest,
 )
 from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, validate
@@ -208,7 +203,7 @@ def _read_sites(file: Any, manifest: Manifest) -> dict[str, Packed]:
     names, orders = set(file.keys()), _read_orders(file, manifest)
     modules: dict[str, Packed] = {}
     for site, entry in manifest.entries.items():
-        parts = PARTS if isinstance(entry, SiteEntry) else STACK_PARTS
+        parts = SITE_PARTS if isinstance(entry, SiteEntry) else STACK_PARTS
         tensors = {p: _read(file, f"{site}.{p}", manifest) if f"{site}.{p}" in names else None for p in parts}
         order = None if entry.permutation is None else orders[entry.permutation]
         try:
@@ -244,12 +239,9 @@ def _read_orders(file: Any, manifest: Manifest) -> dict[int, Tensor]:
 def _packed_module(
     entry: SiteEntry, permutation: Tensor | None, *, bias: Tensor | None, **parts: Tensor | None
 ) -> MixedPrecisionLinear:
-    codes, scales, widths = parts["codes"], parts["scales"], parts["widths"]
-    assert codes is not None  # the header was checked
-    assert scales is not None
-    assert widths is not None
-    layout = Layout(entry.in_features, tuple(widths.tolist()), entry.group_size)
-    weight = PackedWeight(codes, scales, parts["zeros"], parts["mask"], widths, layout)
+    widths = parts["widths"]
+    assert widths is not None  # the header was checked
+    weight = PackedWeight.of(parts, Layout(entry.in_features, tuple(widths.tolist()), entry.group_size))
     validate(weight)
     parameter = None if bias is None else nn.Parameter(bias)
     return MixedPrecisionLinear(weight, permutation=permutation, bias=parameter, dtype=getattr(torch, entry.dtype))

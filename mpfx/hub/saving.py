@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpfx.hub.contents import CONFIG, GENERATION, Packed, check_order, collect, packed_sites
-from mpfx.hub.manifest import DTYPES, MANIFEST, STACK_PARTS, WEIGHTS, TensorInfo, check_header, parse_manifest
+from mpfx.hub.header import DTYPES, STACK_PARTS, TensorInfo, check_header
+from mpfx.hub.manifest import MANIFEST, WEIGHTS, parse_manifest
 from mpfx.nn import MixedPrecisionLinear, validate
 from mpfx.nn.experts import PackedExperts, split_stack
 

@@ -58,7 +58,7 @@ class EvaluationData:
     Args:
         data: As for calibration. The same file may serve both (evaluation takes its end, calibration what is
             before), the same split of a data set may not.
-        samples: How many windows of tokens; null takes all.
+        samples: How many windows of tokens; null takes all, of a file that also calibrates all that calibration leaves.
         length: Tokens in each window; all but the first are predicted.
         batch_size: Windows in each batch.
     """
@@ -141,7 +141,10 @@ class TextDataModule(LightningDataModule):
         available: Tensor | None = None
         if self.evaluation and self._evaluation_source and self._evaluation_windows is None:
             tokens = self._evaluation_tokens(self.evaluation, self._evaluation_source)
-            self._evaluation_windows, rest = _last_windows(tokens, self.evaluation)
+            reserved = 0
+            if self._shared_file and self.calibration:
+                reserved = self.calibration.samples * self.calibration.length
+            self._evaluation_windows, rest = _last_windows(tokens, self.evaluation, reserved)
             available = rest if self._shared_file else None
         if self.calibration and self._calibration_source and self._calibration_windows is None:
             if available is None:
@@ -226,12 +229,16 @@ def _cut(tokens: Tensor, length: int) -> Tensor:
     return tokens[: count * length].reshape(count, length)
 
 
-def _last_windows(tokens: Tensor, config: EvaluationData) -> tuple[Tensor, Tensor]:
-    """Return the last windows (or all), and the tokens before them."""
+def _last_windows(tokens: Tensor, config: EvaluationData, reserved: int) -> tuple[Tensor, Tensor]:
+    """Return the last windows (or all but for so many tokens at the start), and the tokens before them."""
     windows = _cut(tokens, config.length)
-    samples = len(windows) if config.samples is None else config.samples
+    samples = config.samples
+    if samples is None:
+        samples = max(0, (windows.numel() - reserved) // config.length)
     if not 1 <= samples <= len(windows):
-        raise _too_short("evaluation", config, len(tokens), "")
+        taken = reserved if config.samples is None else 0
+        after = " after the windows of the same file that calibration takes" if taken else ""
+        raise _too_short("evaluation", config, max(0, len(tokens) - taken), after)
     first = len(windows) - samples
     return windows[first:], tokens[: first * config.length]
 
@@ -254,7 +261,7 @@ def _too_short(part: Part, config: CalibrationData | EvaluationData, tokens: int
     asked = "at least 1 window" if config.samples is None else f"{config.samples} windows"
     remedy = f"lower {part}.samples to at most {fitting}" if fitting else f"lower {part}.length to at most {tokens}"
     if where:
-        remedy += ", lower evaluation.samples"
+        remedy += f", lower {'calibration' if part == 'evaluation' else 'evaluation'}.samples"
     return ValueError(
         f"{part}.samples: asked for {asked} of {config.length} tokens, but {part}.data = {config.data!r} holds "
         f"{tokens} tokens{where}, which is {fitting} windows. Name a longer text in {part}.data, or {remedy}."

@@ -36,8 +36,8 @@ class CausalLM(LightningModule):
         """Call the model."""
         return self.model(*args, **batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the next-token predictions of one batch."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Score the next-token predictions of one batch; returns their mean loss in nats, differentiable."""
         logits = _logits(self.model(**model_inputs(self.model, batch)))[:, :-1]
         targets = next_tokens(batch)
         log_probs = target_log_probs(logits, targets)
@@ -46,6 +46,7 @@ class CausalLM(LightningModule):
         size = len(targets)
         self.log("perplexity", self.perplexity, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         self.log("loss", self.token_loss, on_step=False, on_epoch=True, batch_size=size)
+        return -log_probs.sum() / targets.ne(IGNORE).sum().clamp(min=1)
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -1,28 +1,49 @@
 """Packed weights: their layout, their bits, and the module that runs them."""
 
 from mpfx.nn.experts import PackedExperts, PackedStack, split_stack
-from mpfx.nn.layout import PANEL, RAW_BITS, SEGMENT, WIDTHS, Bytes, Layout, Span, permutation_bytes, stored_bytes
+from mpfx.nn.layout import (
+    LAYOUT_WIDTHS,
+    LEFT_OUT,
+    PANEL,
+    RAW_BITS,
+    SCALE_BITS,
+    SEGMENT,
+    WIDTHS,
+    Bytes,
+    Layout,
+    Span,
+    permutation_bytes,
+    stored_bytes,
+)
 from mpfx.nn.packed import MixedPrecisionLinear, own_order, pack_permutation
 from mpfx.nn.packing import PackedWeight, QuantizedWeight, pack, reordered_rows, unpack, validate
+from mpfx.nn.scales import CodedScales, Scales, decoded, scale_values
 
 __all__ = [
+    "LAYOUT_WIDTHS",
+    "LEFT_OUT",
     "PANEL",
     "RAW_BITS",
+    "SCALE_BITS",
     "SEGMENT",
     "WIDTHS",
     "Bytes",
+    "CodedScales",
     "Layout",
     "MixedPrecisionLinear",
     "PackedExperts",
     "PackedStack",
     "PackedWeight",
     "QuantizedWeight",
+    "Scales",
     "Span",
+    "decoded",
     "own_order",
     "pack",
     "pack_permutation",
     "permutation_bytes",
     "reordered_rows",
+    "scale_values",
     "split_stack",
     "stored_bytes",
     "unpack",

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from math import prod
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mpfx.nn.layout import SEGMENT, Layout, stored_bytes
+from mpfx.nn.layout import SCALE_BITS, Layout, scale_shapes, stored_bytes, words
 from mpfx.nn.packed import PackedModule, own_order, pack_permutation
-from mpfx.nn.packing import PackedWeight, unpack, unpack_codes, validate
+from mpfx.nn.packing import PARTS, PackedWeight, count_kept, unpack, validate
 
-_PARTS = ("codes", "scales", "zeros", "mask", "widths")
+_STACKED = ("row_scales", "mask", "widths")
+"""Tensors of equal shape for every expert; all others lie one after the other."""
 
 
 class PackedStack(PackedModule):
     """The packed weights of all experts in the place of one parameter ``(experts, ., .)``.
 
     Every expert has a layout of its own: its codes, scales and zero points lie one after the other in flat tensors.
+    Which scales there are, float16 or coded, all experts have in common.
 
     Args:
-        weights: of every expert; of equal sizes and group size, all with a mask or none, all with zero points or none.
+        weights: of every expert; of equal sizes and group size, all with a mask or none, all with zero points or
+            none, all with coded scales or none.
         permutation: integers ``(experts, in)`` or one ``(in,)`` per expert: channel ``permutation[e][k]`` of the input
             meets channel k of expert e. Stacks that read the same inputs may share one tensor. None: the order is the
             input's own.
@@ -33,7 +37,10 @@ class PackedStack(PackedModule):
 
     Attributes:
         codes: int32 ``(words,)``, expert after expert as in :class:`PackedWeight`.
-        scales: float16 ``(numbers,)``, expert after expert.
+        scales: float16 ``(numbers,)``, expert after expert; None if coded.
+        scale_codes: int32 ``(words,)``, expert after expert; None if not coded, as are the next two.
+        row_scales: float16 ``(experts, out)``.
+        group_scales: float16 ``(numbers,)``, expert after expert.
         zeros: int32 ``(words,)``, expert after expert; None if symmetric.
         mask: int32 ``(experts, out, segments)`` or None.
         widths: uint8 ``(experts, segments)``.
@@ -43,7 +50,10 @@ class PackedStack(PackedModule):
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
+    scale_codes: Tensor | None
+    row_scales: Tensor | None
+    group_scales: Tensor | None
     zeros: Tensor | None
     mask: Tensor | None
     widths: Tensor
@@ -65,9 +75,10 @@ class PackedStack(PackedModule):
         self.transposed = transposed
         self._ends = {
             name: tuple(accumulate(part.numel() for part in _parts_of(weights, name)))
-            for name in ("codes", "scales", "zeros")
+            for name in PARTS
+            if name not in _STACKED
         }
-        for name in _PARTS:
+        for name in PARTS:
             self.register_buffer(name, _joined(name, _parts_of(weights, name)))
         self.register_buffer("permutation", self._orders(permutation))
         # Holds no element; its dtype follows `.to(dtype)`, which must not touch the scales.
@@ -100,7 +111,7 @@ class PackedStack(PackedModule):
     @property
     def nbytes(self) -> int:
         """Stored bytes, without the permutations that stacks of the same input share."""
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.mask, self.widths) if t is not None)
+        return sum(part.nbytes for name in PARTS if (part := getattr(self, name)) is not None)
 
     @property
     def code_bits(self) -> float:
@@ -115,22 +126,15 @@ class PackedStack(PackedModule):
         """
         if not 0 <= expert < self.experts:
             raise IndexError(f"Expected an expert in 0 .. {self.experts - 1} but got {expert}.")
-        codes, scales = self._part("codes", expert), self._part("scales", expert)
-        assert codes is not None
-        assert scales is not None
-        return PackedWeight(
-            codes=codes if self.mask is not None else _rows(codes, self.out_features),
-            scales=_rows(scales, self.out_features),
-            zeros=self._part("zeros", expert),
-            mask=None if self.mask is None else self.mask[expert],
-            widths=self.widths[expert],
-            layout=self.layouts[expert],
-        )
+        parts = {name: self._part(name, expert) for name in PARTS}
+        return _shaped(parts, self.layouts[expert], self.out_features)
 
     def _part(self, name: str, expert: int) -> Tensor | None:
         whole: Tensor | None = getattr(self, name)
+        if whole is None or name in _STACKED:
+            return None if whole is None else whole[expert]
         ends = self._ends[name]
-        return None if whole is None else whole[ends[expert - 1] if expert else 0 : ends[expert]]
+        return whole[ends[expert - 1] if expert else 0 : ends[expert]]
 
     def dense(self, expert: int) -> Tensor:
         """The dense weight ``(out, in)`` of one expert in the input's own channel order; made anew at every call."""
@@ -235,7 +239,7 @@ def split_stack(
     """Tell the packed weights of the experts apart; for data from outside, which is checked.
 
     Args:
-        parts: the tensors of a :class:`PackedStack` by name, ``zeros`` and ``mask`` may be None.
+        parts: the tensors of a :class:`PackedStack` by name; those that it lacks are None or not there.
         out_features: rows of every expert.
         in_features: channels of every expert.
         group_size: channels per scale; None: all of one width.
@@ -246,55 +250,66 @@ def split_stack(
     Raises:
         ValueError: naming the tensor, what it is, and what the sizes ask for.
     """
-    codes, scales, zeros, mask, widths = (parts[name] for name in _PARTS)
-    if codes is None or scales is None or widths is None:
-        raise ValueError("Expected `codes`, `scales` and `widths` but one of them is missing.")
-    if widths.dim() != 2 or len(widths) < 1:
-        raise ValueError(f"Expected `widths` of shape (experts, segments) but got {tuple(widths.shape)}.")
+    widths, mask = parts.get("widths"), parts.get("mask")
+    if widths is None or widths.dim() != 2 or len(widths) < 1:
+        found = "none" if widths is None else f"one of {tuple(widths.shape)}"
+        raise ValueError(f"Expected `widths` of shape (experts, segments) but got {found}.")
     layouts = [Layout(in_features, tuple(row), group_size) for row in widths.tolist()]
-    _check_mask(mask, (len(layouts), out_features, -(-in_features // SEGMENT)))
-    sizes = [
-        stored_bytes(
-            layout,
-            out_features,
-            symmetric=zeros is None,
-            kept=None if mask is None else _kept(mask[expert], layout),
-        )
-        for expert, layout in enumerate(layouts)
-    ]
-    code_parts = _cut("codes", codes, [size.codes // 4 for size in sizes])
-    scale_parts = _cut("scales", scales, [size.scales // 2 for size in sizes])
-    zero_parts = None if zeros is None else _cut("zeros", zeros, [size.zeros // 4 for size in sizes])
+    table = (len(layouts), out_features)
+    _check_stacked("mask", mask, (*table, widths.shape[1]), torch.int32)
+    _check_stacked("row_scales", parts.get("row_scales"), table, torch.float16)
+    shapes = []
+    for expert, layout in enumerate(layouts):
+        with _naming(expert):
+            kept = None if mask is None else count_kept(mask[expert], out_features, layout)
+            shapes.append(_flat_shapes(parts, layout, out_features, kept))
+    cut: dict[str, tuple[Tensor, ...]] = {}
+    for name, whole in parts.items():
+        if whole is not None:
+            sizes = [of_expert[name] for of_expert in shapes] if name not in _STACKED else []
+            cut[name] = tuple(whole) if name in _STACKED else _cut(name, whole, sizes)
     weights = []
     for expert, layout in enumerate(layouts):
-        weight = PackedWeight(
-            codes=code_parts[expert] if mask is not None else _rows(code_parts[expert], out_features),
-            scales=_rows(scale_parts[expert], out_features),
-            zeros=None if zero_parts is None else zero_parts[expert],
-            mask=None if mask is None else mask[expert],
-            widths=widths[expert],
-            layout=layout,
-        )
-        try:
-            validate(weight)
-        except ValueError as error:
-            raise ValueError(f"expert {expert}: {error}") from error
-        weights.append(weight)
+        with _naming(expert):
+            weights.append(_shaped({name: part[expert] for name, part in cut.items()}, layout, out_features))
+            validate(weights[-1])
     return weights
 
 
-def _rows(part: Tensor, rows: int) -> Tensor:
-    return part.view(rows, part.numel() // rows)
+@contextmanager
+def _naming(expert: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"expert {expert}: {error}") from error
 
 
-def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.int32):
-        raise ValueError(f"Expected `mask` to be int32 of shape {shape} but got {mask.dtype} of {tuple(mask.shape)}.")
+def _flat_shapes(
+    parts: Mapping[str, Tensor | None], layout: Layout, rows: int, kept: tuple[int, ...] | None
+) -> dict[str, int]:
+    """Numbers that one expert has of the tensors that lie one after the other."""
+    symmetric, scale_bits = parts.get("zeros") is None, 16 if parts.get("scale_codes") is None else SCALE_BITS
+    size = stored_bytes(layout, rows, symmetric=symmetric, scale_bits=scale_bits, kept=kept)
+    shapes = scale_shapes(layout, rows, 16) | scale_shapes(layout, rows, SCALE_BITS)
+    scales = {name: prod(shape) for name, shape in shapes.items()}
+    return {**scales, "codes": size.codes // 4, "zeros": size.zeros // 4}
 
 
-def _kept(mask: Tensor, layout: Layout) -> tuple[int, ...]:
-    alive = unpack_codes(mask, 1, layout.in_features)
-    return tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
+def _shaped(parts: Mapping[str, Tensor | None], layout: Layout, rows: int) -> PackedWeight:
+    """The weight of one expert, from its flat tensors."""
+    tables = {"scales": len(layout.grids)}
+    if parts.get("mask") is None:
+        tables["codes"] = sum(words(run.channels, run.bits) for run in layout.runs)
+    shaped = {n: t.view(rows, tables[n]) if t is not None and n in tables else t for n, t in parts.items()}
+    return PackedWeight.of(shaped, layout)
+
+
+def _check_stacked(name: str, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if part is not None and (tuple(part.shape) != shape or part.dtype != dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"Expected `{name}` to be {kind} of shape {shape} but got {part.dtype} of {tuple(part.shape)}."
+        )
 
 
 def _cut(name: str, whole: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -313,29 +328,31 @@ def _check_alike(weights: Sequence[PackedWeight]) -> None:
                 raise ValueError(f"Expected {what} to be that of expert 0, {first}, but expert {expert} has {value}.")
 
 
-_KINDS = ("the number of rows", "the number of channels", "the group size", "the use of a mask", "the use of zeros")
+_KINDS = (
+    "the number of rows",
+    "the number of channels",
+    "the group size",
+    "the use of a mask",
+    "the use of zeros",
+    "the use of coded scales",
+)
 
 
-def _kind(weight: PackedWeight) -> tuple[int, int, int | None, bool, bool]:
-    layout = weight.layout
-    return (
-        weight.out_features,
-        layout.in_features,
-        layout.group_size,
-        weight.mask is not None,
-        weight.zeros is not None,
-    )
+def _kind(weight: PackedWeight) -> tuple[int, int, int | None, bool, bool, bool]:
+    layout, coded = weight.layout, not isinstance(weight.scales, Tensor)
+    sizes = (weight.out_features, layout.in_features, layout.group_size)
+    return (*sizes, weight.mask is not None, weight.zeros is not None, coded)
 
 
 def _parts_of(weights: Sequence[PackedWeight], name: str) -> list[Tensor]:
     """One tensor of every weight, none where they have none."""
-    return [part for weight in weights if (part := getattr(weight, name)) is not None]
+    return [part for weight in weights if (part := weight.parts[name]) is not None]
 
 
 def _joined(name: str, parts: Sequence[Tensor]) -> Tensor | None:
     if not parts:
         return None
-    return torch.stack(list(parts)) if name in ("mask", "widths") else torch.cat([part.reshape(-1) for part in parts])
+    return torch.stack(list(parts)) if name in _STACKED else torch.cat([part.reshape(-1) for part in parts])
 
 
 def _check_stacks(experts: nn.Module, stacks: Mapping[str, PackedStack]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpfx.nn.layout import permutation_bytes
-from mpfx.nn.packing import PackedWeight, unpack
+from mpfx.nn.packing import FLOAT_PARTS, PARTS, PackedWeight, unpack
 
 
 def pack_permutation(order: Tensor) -> Tensor:
@@ -28,22 +28,23 @@ def own_order(weight: Tensor, permutation: Tensor | None) -> Tensor:
 class PackedModule(nn.Module):
     """What packed modules have in common: moved to another dtype, their scales stay what they are."""
 
-    scales: Tensor
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # A change of dtype (`.half()`, `.to(torch.bfloat16)`) is meant for computing; the stored scales stay what
         # they are.
-        scales = self.scales
+        before = {name: part for name in FLOAT_PARTS if (part := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:
-            self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
+        for name, scales in before.items():
+            moved: Tensor = getattr(self, name)
+            if moved.dtype != scales.dtype:
+                setattr(self, name, moved.to(scales.dtype) if scales.is_meta else scales.to(moved.device))
         return self
 
 
 class MixedPrecisionLinear(PackedModule):
     """A Linear layer over a :class:`PackedWeight`: any mix of widths, optional bitmask, optional channel order.
 
-    Eager PyTorch: it unpacks the weight for every call, on any device and in any floating dtype of the input.
+    Eager PyTorch: it unpacks the weight for every call, on any device and in any floating dtype of the input. Its
+    buffers are the tensors of :attr:`PackedWeight.parts`.
 
     Args:
         weight: packed, its channels in sweep order.
@@ -54,7 +55,10 @@ class MixedPrecisionLinear(PackedModule):
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
+    scale_codes: Tensor | None
+    row_scales: Tensor | None
+    group_scales: Tensor | None
     zeros: Tensor | None
     mask: Tensor | None
     widths: Tensor
@@ -73,8 +77,8 @@ class MixedPrecisionLinear(PackedModule):
         super().__init__()
         self.layout = weight.layout
         self.in_features, self.out_features = weight.layout.in_features, weight.out_features
-        for name in ("codes", "scales", "zeros", "mask", "widths"):
-            self.register_buffer(name, getattr(weight, name))
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
         self.register_buffer("permutation", permutation)
         self.register_parameter("bias", bias)
         # Holds no element; its dtype follows `.to(dtype)`, which must not touch the scales.
@@ -83,7 +87,7 @@ class MixedPrecisionLinear(PackedModule):
     @property
     def packed(self) -> PackedWeight:
         """The packed tensors."""
-        return PackedWeight(self.codes, self.scales, self.zeros, self.mask, self.widths, self.layout)
+        return PackedWeight.of({name: getattr(self, name) for name in PARTS}, self.layout)
 
     @property
     def weight_dtype(self) -> torch.dtype:

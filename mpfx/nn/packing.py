@@ -1,70 +1,20 @@
-"""Bits in, bits out: planar codes, bitmasks, and the packed form of one weight.
+"""The packed form of one weight, and its way there and back."""
 
-A block of 32 codes of b bits is stored as exactly b 32-bit words, in planes of 8, 4, 2 and 1 bits (3 = 2 + 1, 5 = 4
-+ 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 16 = 8 + 8), the largest plane first and holding the lowest bits of every code. Inside
-a plane of p bits, code k lies at bit ``k * p`` of the plane's p words, least significant bit first. Nothing
-straddles a word.
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpfx.nn.layout import RAW_BITS, SEGMENT, WIDTHS, Layout, Span, stored_bytes, words
+from mpfx.nn.layout import LEFT_OUT, SCALE_BITS, SEGMENT, Layout, Span, scale_shapes, stored_bytes, words
+from mpfx.nn.planes import pack_codes, unpack_codes
+from mpfx.nn.scales import CodedScales, Scales, decoded, scale_rows
 
-PLANES: dict[int, tuple[int, ...]] = {
-    bits: (8,) * (bits // 8) + tuple(p for p in (4, 2, 1) if bits % 8 & p) for bits in (*WIDTHS, RAW_BITS)
-}
-"""Plane sizes of every width, in the order they are stored."""
+FLOAT_PARTS = ("scales", "row_scales", "group_scales")
+"""Those of the parts that are float16 and stay so, whatever dtype a module computes in."""
 
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into planar 32-bit words.
-
-    Args:
-        codes: integers in ``0 .. 2**bits - 1``, shape ``(..., count)``; padded with zeros to whole blocks of 32.
-        bits: width, 1..8 or 16.
-
-    Returns:
-        int32 words, shape ``(..., ceil(count / 32) * bits)``.
-    """
-    padding = -codes.shape[-1] % 32
-    blocks = torch.nn.functional.pad(codes.to(torch.int32), (0, padding)).unflatten(-1, (-1, 32))  # (..., B, 32)
-    planes, low = [], 0
-    for size in PLANES[bits]:
-        plane = (blocks >> low) & ((1 << size) - 1)
-        fields = plane.unflatten(-1, (size, 32 // size)) << _shifts(size, codes.device)  # (..., B, words, fields)
-        planes.append(fields.sum(-1, dtype=torch.int32))  # disjoint bits: the sum is the bitwise or
-        low += size
-    return torch.cat(planes, -1).flatten(-2)
-
-
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Undo :func:`pack_codes`.
-
-    Args:
-        packed: int32 words, shape ``(..., words)``.
-        bits: width, 1..8 or 16.
-        count: codes to return per row.
-
-    Returns:
-        int32 codes, shape ``(..., count)``.
-    """
-    blocks = packed.unflatten(-1, (-1, bits))  # (..., B, bits)
-    codes, low, word = None, 0, 0
-    for size in PLANES[bits]:
-        fields = blocks[..., word : word + size, None] >> _shifts(size, packed.device)
-        plane = (fields & ((1 << size) - 1)).flatten(-2) << low  # (..., B, 32)
-        codes = plane if codes is None else codes | plane
-        low, word = low + size, word + size
-    assert codes is not None
-    flat: Tensor = codes.flatten(-2)
-    return flat[..., :count]
-
-
-def _shifts(size: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 32, size, dtype=torch.int32, device=device)
+PARTS = ("codes", "scales", "scale_codes", "row_scales", "group_scales", "zeros", "mask", "widths")
+"""Names of the tensors of a packed weight."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +22,15 @@ class QuantizedWeight:
     """One weight as the sweep leaves it, channels in sweep order.
 
     Attributes:
-        codes: int32 ``(out, in)``; in raw channels the bit pattern of a float16 value; zero where pruned.
-        scales: float16 ``(out, grids)``, one column per quantized group of the layout.
+        codes: int32 ``(out, in)``; in raw channels the bit pattern of a float16 value; zero where pruned or left out.
+        scales: float16 ``(out, grids)``, one column per quantized group of the layout; or coded.
         zeros: uint8 ``(out, grids)``, or None if symmetric.
         kept: bool ``(out, in)``, False where pruned; None: nothing is pruned.
         layout: of the channels.
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Scales
     zeros: Tensor | None
     kept: Tensor | None
     layout: Layout
@@ -89,21 +39,20 @@ class QuantizedWeight:
         """Some of the rows, or all of them in another order."""
         zeros = None if self.zeros is None else self.zeros[index]
         kept = None if self.kept is None else self.kept[index]
-        return QuantizedWeight(self.codes[index], self.scales[index], zeros, kept, self.layout)
+        return QuantizedWeight(self.codes[index], scale_rows(self.scales, index), zeros, kept, self.layout)
 
     def dequantize(self) -> Tensor:
-        """Return the weight ``(out, in)`` in float32, exactly 0 where it is pruned."""
-        weight = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
-        grid = 0
+        """Return the weight ``(out, in)`` in float32, exactly 0 where it is pruned or left out."""
+        weight = torch.zeros(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+        scales, grid = decoded(self.scales, self.layout), 0
         for group in self.layout.groups:
             codes = self.codes[:, group.start : group.stop]
             if group.quantized:
                 zero = float(1 << group.bits - 1) if self.zeros is None else self.zeros[:, grid, None].float()
-                value = (codes - zero) * self.scales[:, grid, None].float()
+                weight[:, group.start : group.stop] = (codes - zero) * scales[:, grid, None]
                 grid += 1
-            else:
-                value = codes.to(torch.int16).view(torch.float16).float()
-            weight[:, group.start : group.stop] = value
+            elif group.bits != LEFT_OUT:
+                weight[:, group.start : group.stop] = codes.to(torch.int16).view(torch.float16).float()
         return weight if self.kept is None else weight.masked_fill_(~self.kept, 0.0)
 
 
@@ -113,37 +62,83 @@ class PackedWeight:
 
     Attributes:
         codes: int32 words. Without a mask ``(out, words)``: row after row, segment after segment. With a mask
-            ``(words,)``: per width (ascending) one stream of the surviving codes, row after row.
-        scales: float16 ``(out, grids)``.
+            ``(words,)``: per width (ascending) one stream of the surviving codes, row after row. Segments that are
+            left out have none.
+        scales: float16 ``(out, grids)``, one column per quantized group; or coded.
         zeros: int32 ``(words,)``: per quantized group the packed zero points of all rows; None if symmetric.
-        mask: int32 ``(out, segments)``, bit k of a word is channel k of the segment, 1 = kept; None: nothing is pruned.
+        mask: int32 ``(out, segments)``, bit k of a word is channel k of the segment, 1 = kept, all 0 where the
+            segment is left out; None: nothing is pruned within the others.
         widths: uint8 ``(segments,)``.
         layout: of the channels.
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Scales
     zeros: Tensor | None
     mask: Tensor | None
     widths: Tensor
     layout: Layout
 
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor | None], layout: Layout) -> "PackedWeight":
+        """Put the tensors of :attr:`parts` together.
+
+        Raises:
+            ValueError: if one is missing, or the scales are neither float16 nor coded, but both.
+        """
+        codes, widths = parts.get("codes"), parts.get("widths")
+        if codes is None or widths is None:
+            raise ValueError("Expected `codes` and `widths` but one of them is missing.")
+        return cls(codes, _scales_of(parts), parts.get("zeros"), parts.get("mask"), widths, layout)
+
+    @property
+    def parts(self) -> dict[str, Tensor | None]:
+        """The tensors by name, as modules and checkpoints hold them; None for those that this weight lacks.
+
+        Coded scales are ``scale_codes``, ``row_scales`` and ``group_scales``.
+        """
+        scales = self.scales
+        coded = scales if isinstance(scales, CodedScales) else None
+        return {
+            "codes": self.codes,
+            "scales": None if isinstance(scales, CodedScales) else scales,
+            "scale_codes": None if coded is None else coded.codes,
+            "row_scales": None if coded is None else coded.row,
+            "group_scales": None if coded is None else coded.group,
+            "zeros": self.zeros,
+            "mask": self.mask,
+            "widths": self.widths,
+        }
+
     @property
     def out_features(self) -> int:
         """Number of rows."""
-        return self.scales.shape[0]
+        return len(self.scales if isinstance(self.scales, Tensor) else self.scales.row)
 
     @property
     def nbytes(self) -> int:
         """Stored bytes, without the permutation that the input group shares."""
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.mask, self.widths) if t is not None)
+        return sum(part.nbytes for part in self.parts.values() if part is not None)
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights that are pruned."""
+        """Share of the weights that are pruned or left out."""
         if self.mask is None:
-            return 0.0
+            left_out = sum(run.channels for run in self.layout.runs if run.bits == LEFT_OUT)
+            return left_out / self.layout.in_features
         return 1 - float(unpack_codes(self.mask, 1, self.layout.in_features).double().mean())
+
+
+def _scales_of(parts: Mapping[str, Tensor | None]) -> Scales:
+    scales, codes, row, group = (parts.get(name) for name in ("scales", "scale_codes", "row_scales", "group_scales"))
+    if scales is not None and codes is None and row is None and group is None:
+        return scales
+    if scales is not None or codes is None or row is None or group is None:
+        raise ValueError(
+            "Expected either `scales`, or `scale_codes`, `row_scales` and `group_scales`, but some of them are missing "
+            "or there are both."
+        )
+    return CodedScales(codes, row, group)
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
@@ -151,7 +146,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
     layout = weight.layout
     return PackedWeight(
         codes=_pack_rows(weight) if weight.kept is None else _pack_streams(weight),
-        scales=weight.scales.contiguous(),
+        scales=weight.scales.contiguous() if isinstance(weight.scales, Tensor) else weight.scales,
         zeros=_pack_zeros(weight),
         mask=None if weight.kept is None else pack_codes(weight.kept, 1),
         widths=torch.tensor(layout.widths, dtype=torch.uint8, device=weight.codes.device),
@@ -177,27 +172,34 @@ def reordered_rows(packed: PackedWeight, order: Tensor) -> PackedWeight:
 
 
 def _pack_rows(weight: QuantizedWeight) -> Tensor:
-    return torch.cat([pack_codes(weight.codes[:, r.start : r.stop], r.bits) for r in weight.layout.runs], 1)
+    parts = [pack_codes(weight.codes[:, r.start : r.stop], r.bits) for r in _stored(weight.layout)]
+    return torch.cat([weight.codes[:, :0], *parts], 1)
 
 
 def _unpack_rows(packed: PackedWeight) -> Tensor:
-    parts, start = [], 0
-    for run in packed.layout.runs:
+    shape = (packed.out_features, packed.layout.in_features)
+    codes, start = torch.zeros(shape, dtype=torch.int32, device=packed.codes.device), 0
+    for run in _stored(packed.layout):
         stop = start + words(run.channels, run.bits)
-        parts.append(unpack_codes(packed.codes[:, start:stop], run.bits, run.channels))
+        codes[:, run.start : run.stop] = unpack_codes(packed.codes[:, start:stop], run.bits, run.channels)
         start = stop
-    return torch.cat(parts, 1)
+    return codes
+
+
+def _stored(layout: Layout) -> list[Span]:
+    """Runs that have codes."""
+    return [run for run in layout.runs if run.bits != LEFT_OUT]
 
 
 def _channels_by_width(layout: Layout, device: torch.device) -> list[tuple[int, Tensor]]:
-    """Channel indices of every width, widths ascending."""
+    """Channel indices of every width that has codes, widths ascending."""
     of = torch.tensor(layout.widths, device=device).repeat_interleave(layout.segment)[: layout.in_features]
-    return [(bits, (of == bits).nonzero()[:, 0]) for bits in sorted(set(layout.widths))]
+    return [(bits, (of == bits).nonzero()[:, 0]) for bits in sorted({run.bits for run in _stored(layout)})]
 
 
 def _pack_streams(weight: QuantizedWeight) -> Tensor:
     assert weight.kept is not None
-    streams = []
+    streams = [torch.empty(0, dtype=torch.int32, device=weight.codes.device)]
     for bits, channels in _channels_by_width(weight.layout, weight.codes.device):
         streams.append(pack_codes(weight.codes[:, channels][weight.kept[:, channels]], bits))
     return torch.cat(streams)
@@ -216,14 +218,10 @@ def _unpack_streams(packed: PackedWeight, kept: Tensor) -> Tensor:
     return codes
 
 
-def _grids(layout: Layout) -> list[Span]:
-    return [group for group in layout.groups if group.quantized]
-
-
 def _pack_zeros(weight: QuantizedWeight) -> Tensor | None:
     if weight.zeros is None:
         return None
-    parts = [pack_codes(weight.zeros[:, g], group.bits) for g, group in enumerate(_grids(weight.layout))]
+    parts = [pack_codes(weight.zeros[:, g], group.bits) for g, group in enumerate(weight.layout.grids)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device=weight.codes.device)
 
 
@@ -231,7 +229,7 @@ def _unpack_zeros(packed: PackedWeight) -> Tensor | None:
     if packed.zeros is None:
         return None
     columns, start = [], 0
-    for group in _grids(packed.layout):
+    for group in packed.layout.grids:
         stop = start + words(packed.out_features, group.bits)
         columns.append(unpack_codes(packed.zeros[start:stop], group.bits, packed.out_features))
         start = stop
@@ -250,9 +248,9 @@ def validate(packed: PackedWeight) -> None:
     if layout.segment != SEGMENT:
         raise ValueError(f"Expected segments of {SEGMENT} channels but got {layout.segment}.")
     _validate_widths(packed.widths, layout)
-    rows = _validate_scales(packed.scales, layout)
-    kept = None if packed.mask is None else _count_kept(packed.mask, rows, layout)
-    size = stored_bytes(layout, rows, symmetric=packed.zeros is None, kept=kept)
+    rows, scale_bits = _validate_scales(packed, layout)
+    kept = None if packed.mask is None else count_kept(packed.mask, rows, layout)
+    size = stored_bytes(layout, rows, symmetric=packed.zeros is None, scale_bits=scale_bits, kept=kept)
     columns = size.codes // 4
     _expect("codes", packed.codes, (rows, columns // rows) if kept is None else (columns,), torch.int32)
     if packed.zeros is not None:
@@ -265,28 +263,43 @@ def _validate_widths(widths: Tensor, layout: Layout) -> None:
         raise ValueError(f"Expected `widths` to be those of the layout, {layout.widths}, but got {widths.tolist()}.")
 
 
-def _validate_scales(scales: Tensor, layout: Layout) -> int:
-    """Check the scales; return the number of rows, which they tell."""
-    grids = len(_grids(layout))
-    if scales.dim() != 2 or scales.shape[0] < 1:
+def _validate_scales(packed: PackedWeight, layout: Layout) -> tuple[int, int]:
+    """Check the scales; return the number of rows, which they tell, and their width."""
+    coded = isinstance(packed.scales, CodedScales)
+    parts = {name: part for name, part in packed.parts.items() if part is not None}
+    name, sizes = ("row_scales", "(rows,)") if coded else ("scales", f"(rows, {len(layout.grids)})")
+    telling, scale_bits = parts[name], SCALE_BITS if coded else 16
+    if telling.dim() != (1 if coded else 2) or len(telling) < 1:
         raise ValueError(
-            f"Expected `scales` to be of shape (rows, {grids}) with at least 1 row but got shape {tuple(scales.shape)}."
+            f"Expected `{name}` to be of shape {sizes} with at least 1 row but got shape {tuple(telling.shape)}."
         )
-    rows = scales.shape[0]
-    _expect("scales", scales, (rows, grids), torch.float16)
+    for part, shape in scale_shapes(layout, len(telling), scale_bits).items():
+        _expect(part, parts[part], shape, torch.float16 if part in FLOAT_PARTS else torch.int32)
+        if part in FLOAT_PARTS:
+            _validate_values(part, parts[part])
+    return len(telling), scale_bits
+
+
+def _validate_values(name: str, scales: Tensor) -> None:
     if wrong := int((~(scales.isfinite() & (scales >= 0))).sum()):
         raise ValueError(
-            f"Expected `scales` to be finite and not negative but {wrong} of {scales.numel()} are negative, "
+            f"Expected `{name}` to be finite and not negative but {wrong} of {scales.numel()} are negative, "
             "infinite or NaN."
         )
-    return rows
 
 
-def _count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
-    """Check the mask; return the surviving weights of every run."""
+def count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
+    """Check a mask; return the surviving weights of every run.
+
+    Raises:
+        ValueError: if it is not int32 ``(rows, segments)``, or keeps weights of segments that are left out.
+    """
     _expect("mask", mask, (rows, len(layout.widths)), torch.int32)
     alive = unpack_codes(mask, 1, layout.in_features)
-    return tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
+    kept = tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
+    if any(count for count, run in zip(kept, layout.runs, strict=True) if run.bits == LEFT_OUT):
+        raise ValueError("Expected `mask` to keep nothing of the segments that are left out but it does.")
+    return kept
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

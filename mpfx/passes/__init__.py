@@ -1,18 +1,23 @@
 """Graph passes: each takes a torch.fx GraphModule and hands one on."""
 
-from mpfx.passes.allocate import Allocate, check_feasible
+from mpfx.passes.allocate import ALLOCATIONS, Allocate, check_feasible
 from mpfx.passes.base import Pass, PassError, PassResult, run_passes
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FindProducers, GroupInputs, LocateSites, analysis, located
-from mpfx.passes.observe import finalised, observed, padding_masks
+from mpfx.passes.observe import Reading, finalised, observed, padding_masks
 from mpfx.passes.pack import FoldPermutations, Pack
+from mpfx.passes.pipeline import Calibration, Compressed, compress_calibrated
 from mpfx.passes.preflight import located_graph
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.scope import Scope
-from mpfx.passes.solve import PruneAndQuantize, SolvedGroup, solve_group, solved_groups
+from mpfx.passes.sense import Sensing
+from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solve_group, solved_groups
 
 __all__ = [
+    "ALLOCATIONS",
     "Allocate",
+    "Calibration",
+    "Compressed",
     "CompressionConfig",
     "FindProducers",
     "FoldPermutations",
@@ -24,10 +29,14 @@ __all__ = [
     "PassError",
     "PassResult",
     "PruneAndQuantize",
+    "Reading",
     "Scope",
+    "Sensing",
+    "SolveConfig",
     "SolvedGroup",
     "analysis",
     "check_feasible",
+    "compress_calibrated",
     "finalised",
     "located",
     "located_graph",

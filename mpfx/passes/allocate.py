@@ -12,6 +12,7 @@ from mpfx.allocate import (
     GroupPlan,
     block_means,
     budget,
+    choose,
     code_bits_per_weight,
     confined_order,
     fixed,
@@ -26,12 +27,16 @@ from mpfx.graph import InputGroup, PermutationFold, blocks, traced_module
 from mpfx.nn.layout import RAW_BITS, SEGMENT, WIDTHS
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.config import CompressionConfig
+from mpfx.passes.frontier import measured_frontier, stacked_weight, unmeasured_frontier
 from mpfx.passes.locate import FOLD, annotate, annotations, located, naming_sites
 from mpfx.solve import factorise
 from mpfx.stats import Moments
 
 PLAN = "mpfx_plan"
 """Key of ``node.meta`` under which a group's plan (:class:`mpfx.allocate.GroupPlan`) lies, by the group's name."""
+
+ALLOCATIONS = "mpfx_allocations"
+"""Key of ``gm.meta``: what allocation `optimal` measured and chose, a pair ``(Frontier, Allocation)`` per budget."""
 
 logger = logging.getLogger("mpfx.allocate")
 
@@ -59,13 +64,22 @@ class Allocate(Pass):
                 f"Expected no forward hooks on sites, as packed modules would not run them, but {hooked[:5]} got some "
                 "since the trace: remove them, register them before, or exclude these sites (`scope.exclude`)."
             )
-        if self.config.scored and (lacking := [g.name for g in groups if g.name not in self.moments]):
+        if (self.config.scored or self.config.allocation == "optimal") and (
+            lacking := [g.name for g in groups if g.name not in self.moments]
+        ):
             raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Annotate."""
         plans: dict[str, GroupPlan] = {}
+        gm.meta[ALLOCATIONS] = []
         for target, groups in domains(gm, self.config):
+            if self.config.allocation == "optimal":
+                frontier = measured_frontier(gm, groups, self.config, self.moments)
+                chosen = choose(frontier, target, self.config.optimal, code_bits=self.config.code_bits is not None)
+                plans.update({plan.name: plan for plan in chosen.plans})
+                gm.meta[ALLOCATIONS].append((frontier, chosen))
+                continue
             scores = {g.name: self._score(gm, g) for g in groups} if self.config.scored else {}
             plans.update({plan.name: plan for plan in allocate(_drafts(gm, groups, self.config, scores), target)})
         annotate(gm, PLAN, [(group.sites[0], group.name, plans[group.name]) for group in located(gm)])
@@ -73,7 +87,7 @@ class Allocate(Pass):
 
     def ensures(self, gm: fx.GraphModule) -> None:
         """A budget is never exceeded by a strategy that can keep it."""
-        if self.config.allocation not in ("fixed", "budget"):
+        if self.config.allocation not in ("optimal", "fixed", "budget"):
             return
         measure = stored_bits_per_weight if self.config.code_bits is None else code_bits_per_weight
         plans = annotations(gm, PLAN)
@@ -105,11 +119,6 @@ def _drafts(
     return [Draft(config, group, scores.get(group.name), folds.get(group.name)) for group in groups]
 
 
-def stacked_weight(model: nn.Module, group: InputGroup) -> Tensor:
-    """The weights of all sites of a group one below the other, ``(rows, in)`` float32."""
-    return torch.cat([site.weight(model).detach().float() for site in group.sites])
-
-
 def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
     """Refuse a stored budget that no plan can keep, and patterns that match no block, before any work is done.
 
@@ -117,6 +126,12 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
         ValueError: with what was asked for and what is feasible.
     """
     shared = domains(gm, config)
+    if config.allocation == "optimal":
+        for target, groups in shared:
+            choose(
+                unmeasured_frontier(gm, groups, config), target, config.optimal, code_bits=config.code_bits is not None
+            )
+        return
     if config.code_bits is not None or config.allocation not in ("fixed", "budget"):
         return
     for target, groups in shared:

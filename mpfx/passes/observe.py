@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,31 +31,85 @@ def padding_masks(values: Mapping[str, Any]) -> Masks:
     return {name: mask for name, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
 
 
+@dataclass
+class Reading:
+    """What goes along with the batch that is running; every call of a group's sites takes the next entries.
+
+    Attributes:
+        masks: padding.
+        weights: of the tokens in the Hessians, ``(tokens,)`` for every call, by group.
+        references: what the group reads in another model, for every call, by group.
+        paused: this run is not to be observed.
+    """
+
+    masks: Masks = field(default_factory=dict)
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)
+    references: dict[str, list[Tensor]] = field(default_factory=dict)
+    paused: bool = False
+
+
 @contextmanager
 def observed(
-    gm: fx.GraphModule, groups: Sequence[InputGroup], masks: Callable[[], Masks] = dict
+    gm: fx.GraphModule, groups: Sequence[InputGroup], reading: Callable[[], Reading] = Reading
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
     Args:
         gm: traced module; model or graph may then run.
         groups: to observe, each at its first site; experts with the tokens that are routed to them.
-        masks: called for every input; returns the current batch's padding masks. Inputs of another number of tokens
-            (one expert's share) count in full.
+        reading: called for every input; returns what belongs to the current batch. Padding of inputs of another
+            number of tokens (one expert's share) counts in full.
     """
     moments: Accumulators = {}
+    weigh = token_weights(gm, groups)
+
+    def add(name: str, x: Tensor) -> None:
+        now = reading()
+        if now.paused:
+            return
+        if name not in moments:
+            moments[name] = MomentAccumulator(x.shape[-1], x.device)
+        weights = weigh(name, x, now.masks, _next(now.weights, name))
+        with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
+            moments[name].update(x, weights, _next(now.references, name))
+
+    with inputs_read(gm, groups, add):
+        yield moments
+
+
+def token_weights(
+    gm: fx.GraphModule, groups: Sequence[InputGroup]
+) -> Callable[[str, Tensor, Masks, Tensor | None], Tensor | None]:
+    """Return what makes the weights of the tokens of an input, out of the padding masks and weights of its own."""
     behind = inputs_behind(gm)
     mask_of = {group.name: _mask_name(behind[group.sites[0].path]) for group in groups}
 
-    def add(name: str, x: Tensor) -> None:
-        if name not in moments:
-            moments[name] = MomentAccumulator(x.shape[-1], x.device)
-        weights = masks().get(mask_of[name])
-        if weights is not None and weights.numel() * x.shape[-1] != x.numel():
-            weights = None
-        with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
-            moments[name].update(x, weights)
+    def weigh(name: str, x: Tensor, masks: Masks, weights: Tensor | None) -> Tensor | None:
+        tokens = x.numel() // x.shape[-1]
+        mask = masks.get(mask_of[name])
+        if mask is not None and mask.numel() != tokens:
+            mask = None
+        if weights is None:
+            return mask
+        if weights.numel() != tokens:
+            raise ValueError(
+                f"group {name} reads {tokens} tokens, but sensitivities were gathered for {weights.numel()}: its "
+                "calls depend on the values; set `guidance: 0`."
+            )
+        weights = weights.to(x.device)
+        return weights if mask is None else weights * mask.flatten()
 
+    return weigh
+
+
+def _next(queues: Mapping[str, list[Tensor]], name: str) -> Tensor | None:
+    queue = queues.get(name)
+    return queue.pop(0) if queue else None
+
+
+@contextmanager
+def inputs_read(gm: fx.GraphModule, groups: Sequence[InputGroup], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand on every input that a group reads, with the group's name, while the context is open."""
     model = traced_module(gm)
     with ExitStack() as hooks:
         for group in groups:
@@ -66,7 +121,7 @@ def observed(
         for path in dict.fromkeys(s.module for group in groups for s in group.sites if s.stack is not None):
             facts = expert_modules(gm)[path]
             hooks.enter_context(watch_experts(model.get_submodule(path), facts, _sink(path, wanted, add)))
-        yield moments
+        yield
 
 
 def _mask_name(inputs: frozenset[str]) -> str:
@@ -78,9 +133,15 @@ def _reader(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., None
     """A forward pre-hook that hands on what a linear layer reads."""
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        add(name, args[0] if args else next(iter(kwargs.values())))
+        add(name, argument(args, kwargs))
 
     return hook
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The one argument of a linear layer."""
+    read: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return read
 
 
 def _sink(path: str, wanted: set[str], add: Callable[[str, Tensor], None]) -> Callable[[str, int, Tensor], None]:

@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 
 from mpfx.allocate import ChannelScales, GroupPlan, search_scales
 from mpfx.graph import InputGroup, ScaleFold, rescale, scale_folds, traced_module
-from mpfx.passes.allocate import PLAN, stacked_weight
+from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
+from mpfx.passes.frontier import stacked_weight
 from mpfx.passes.locate import annotations, located
 from mpfx.stats import Moments
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from mpfx.nn import PackedWeight, own_order, pack, pack_permutation, unpack
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.locate import annotate, annotations, located, naming_sites
-from mpfx.passes.observe import Accumulators, Masks, finalised, observed, padding_masks
+from mpfx.passes.observe import Accumulators, Masks, Reading, finalised, inputs_read, observed, padding_masks
 from mpfx.report import SiteReport
-from mpfx.solve import factorise, layer_error, sweep
-from mpfx.stats import Moments
+from mpfx.solve import factorise, layer_error, refine, sweep
+from mpfx.stats import Moments, Sensitivity
 
 SOLVED = "mpfx_solved"
 """Key of ``node.meta`` under which a group's :class:`SolvedGroup` lies, by the group's name."""
@@ -75,8 +75,30 @@ class SolvedGroup:
         return own_order(unpack(self.weights[path]).dequantize(), self.permutation)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolveConfig:
+    """How groups are solved.
+
+    Args:
+        damping: see :func:`mpfx.solve.factorise`.
+        guidance: power of the sensitivities with which tokens count in the Hessians.
+        correction: share of the earlier blocks' error that is made up for, where it reaches a group past all other
+            sites of its block: what comes through these is made up for there.
+        refine: rounds of coordinate descent after a sweep that prunes.
+    """
+
+    damping: float = 0.01
+    guidance: float = 0.0
+    correction: float = 0.0
+    refine: int = 0
+
+
 def solve_group(
-    plan: GroupPlan, weights: Mapping[str, Tensor], moments: Moments, damping: float = 0.01, note: str | None = None
+    plan: GroupPlan,
+    weights: Mapping[str, Tensor],
+    moments: Moments,
+    config: SolveConfig = SolveConfig(),
+    note: str | None = None,
 ) -> SolvedGroup:
     """Solve the sites of one input group: one Hessian, one factor, one sweep over their stacked rows.
 
@@ -84,26 +106,47 @@ def solve_group(
         plan: widths, sparsity, order.
         weights: ``(out, in)`` of every site, by module path; not changed.
         moments: of the input that all of them read.
-        damping: see :func:`mpfx.solve.factorise`.
+        config: how.
         note: what had to be done about the statistics; goes to the report.
     """
-    weight, hessian = torch.cat([w.detach().float() for w in weights.values()]), moments.hessian
-    order = plan.order(hessian.diagonal())
+    weight = torch.cat([w.detach().float() for w in weights.values()])
+    order = plan.order(moments.hessian.diagonal())
     if order is not None:
-        weight, hessian = weight[:, order], hessian[order][:, order]
-    factor = factorise(hessian, damping)
-    solved = sweep(weight, factor.upper, plan.layout, plan.grid, plan.sparsity)
+        weight, moments = weight[:, order], moments.reordered(order)
+    factor = factorise(moments.hessian, config.damping)
+    target = corrected(weight, moments, factor.upper, config.correction)
+    solved = sweep(target, factor.upper, plan.layout, plan.grid, plan.sparsity)
+    if plan.sparsity and config.refine:
+        solved = refine(target, solved, moments.hessian, factor.damping, config.refine)
     packed, errors, first = {}, {}, 0
     for path, rows in plan.rows.items():
         part = solved.rows(slice(first, first + rows))
         packed[path] = pack(part)
-        errors[path] = layer_error(weight[first : first + rows], part.dequantize(), hessian)
+        errors[path] = layer_error(target[first : first + rows], part.dequantize(), moments.hessian)
         first += rows
     for path, error in errors.items():
         logger.debug("%s: relative error %.4g, damping %g", path, error, factor.damping)
     permutation = None if order is None else pack_permutation(order)
     fallback = "; ".join(text for text in (note, factor.fallback) if text) or None
     return SolvedGroup(plan, packed, permutation, errors, factor.damping, fallback)
+
+
+def corrected(weight: Tensor, moments: Moments, upper: Tensor, share: float) -> Tensor:
+    """The weight that makes up for some of the error in its input.
+
+    Least squares for ``|W y - V x|^2`` over V, where y is the dense model's input and x the compressed one's, is
+    ``V = W + W (sum c (y - x) x^T) H^-1`` (error propagation: Arai & Ichikawa, QEP, 2025; GPTAQ, Li et al., 2025). All
+    of it overshoots; measured, half is best.
+
+    Args:
+        weight: ``(rows, in)``.
+        moments: with the drift ``sum c (y - x) x^T``, channels likewise; without one the weight comes back.
+        upper: factor of the inverse Hessian.
+        share: of the correction.
+    """
+    if moments.drift is None or not share:
+        return weight
+    return weight + share * (((weight @ moments.drift) @ upper.t()) @ upper)
 
 
 @dataclass(frozen=True)
@@ -115,7 +158,8 @@ class PruneAndQuantize(Pass):
 
     Args:
         batches: inputs of the traced call, one dict a batch (:func:`mpfx.graph.bind_inputs`).
-        damping: see :func:`mpfx.solve.factorise`.
+        config: how groups are solved.
+        sensitivities: of the loss by name of the group, for the same batches; needed with `guidance`.
         strict: refuse fallbacks, such as more damping than asked for, instead of reporting them.
         device: where blocks run and groups are solved; None: where the batches are.
         context: entered around every run of a block (precision plugins).
@@ -123,7 +167,8 @@ class PruneAndQuantize(Pass):
     """
 
     batches: Sequence[Mapping[str, Any]]
-    damping: float = 0.01
+    config: SolveConfig = field(default_factory=SolveConfig)
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     strict: bool = False
     device: torch.device | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -142,20 +187,10 @@ class PruneAndQuantize(Pass):
         parts, solved = blocks(gm), dict[str, SolvedGroup]()
         steps = [list(self._steps(gm, block)) for block in parts]
         last = max(block.index for block in parts if steps[block.index])
-        values = [self._to_device(batch) for batch in self.batches]
-        masks = [padding_masks(batch) for batch in values]
+        streams = [_Stream(self._to_device(batch), padding_masks(batch)) for batch in self.batches]
         for block in parts[: last + 1]:
             self.on_block(block.name, block.index / (last + 1))
-            here: dict[str, SolvedGroup] = {}
-            for groups in steps[block.index]:
-                with solved_weights(gm, here.values()):
-                    moments = self._observe(gm, block, groups, values, masks)
-                here.update(self._solve(gm, block, groups, moments))
-            if block.index < last:
-                with solved_weights(gm, here.values()):
-                    for env in values:
-                        self._run(block, env, parts[block.index + 1 :])
-            solved.update(here)
+            solved.update(self._solve_block(gm, block, steps[block.index], streams, parts[block.index + 1 : last + 1]))
         self.on_block(parts[last].name, 1.0)
         annotate(gm, SOLVED, [(group.sites[0], group.name, solved[group.name]) for group in located(gm)])
         return PassResult(gm, modified=False)
@@ -175,21 +210,73 @@ class PruneAndQuantize(Pass):
             if groups := [first[path] for path in paths if path in first]:
                 yield groups
 
+    def _solve_block(
+        self,
+        gm: fx.GraphModule,
+        block: Block,
+        steps: Sequence[Sequence[InputGroup]],
+        streams: Sequence["_Stream"],
+        later: Sequence[Block],
+    ) -> dict[str, SolvedGroup]:
+        here: dict[str, SolvedGroup] = {}
+        alike = [stream.dense is None for stream in streams]
+        for groups in steps:
+            with solved_weights(gm, here.values()):
+                moments = self._observe(gm, block, groups, streams, None if here else later)
+            here.update(self._solve(gm, block, groups, moments))
+        if not later:
+            return here
+        for stream, same in zip(streams, alike, strict=True):
+            if (same and steps and self.config.correction) or (not same and not steps):
+                # From the first solved block on the dense model's values are others than the compressed one's.
+                stream.dense = self._after(block, stream.values if stream.dense is None else stream.dense, later)
+        with solved_weights(gm, here.values()):
+            for stream in streams:
+                stream.values = self._after(block, stream.values, later)
+        return here
+
     def _observe(
         self,
         gm: fx.GraphModule,
         block: Block,
         groups: Sequence[InputGroup],
-        values: Sequence[dict[str, Any]],
-        masks: Sequence[Masks],
+        streams: Sequence["_Stream"],
+        later: Sequence[Block] | None,
     ) -> Accumulators:
-        current: list[Masks] = [{}]
-        with observed(gm, groups, lambda: current[0]) as moments:
-            for env, mask in zip(values, masks, strict=True):
-                current[0] = mask
+        """Gather the moments of what groups read, next to the dense model's, which goes on to the next block."""
+        reading = [Reading()]
+        with observed(gm, groups, lambda: reading[0]) as moments:
+            for index, stream in enumerate(streams):
+                references = {}
+                if stream.dense is not None and later is not None:
+                    reading[0] = Reading(paused=True)
+                    references = self._dense_step(gm, block, groups, stream, later)
+                reading[0] = Reading(stream.masks, self._weights(groups, index), references)
                 with self.context():
-                    block.module(**{name: env[name] for name in block.needs})
+                    block.module(**{name: stream.values[name] for name in block.needs})
         return moments
+
+    def _weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
+        if not self.config.guidance:
+            return {}
+        seen = {group.name: self.sensitivities.get(group.name) for group in groups}
+        return {name: found.weights(batch, self.config.guidance) for name, found in seen.items() if found is not None}
+
+    def _dense_step(
+        self,
+        gm: fx.GraphModule,
+        block: Block,
+        groups: Sequence[InputGroup],
+        stream: "_Stream",
+        later: Sequence[Block],
+    ) -> dict[str, list[Tensor]]:
+        """Run the dense model's block; returns what groups read there whose inputs carry earlier blocks' errors."""
+        direct = [g for g in groups if g.sites[0].stack is None and all(s.path in block.direct for s in g.sites)]
+        found: dict[str, list[Tensor]] = {group.name: [] for group in direct}
+        with inputs_read(gm, direct, lambda name, x: found[name].append(x.detach())):
+            assert stream.dense is not None
+            stream.dense = self._after(block, stream.dense, later)
+        return found
 
     def _solve(
         self, gm: fx.GraphModule, block: Block, groups: Sequence[InputGroup], moments: Accumulators
@@ -201,21 +288,34 @@ class PruneAndQuantize(Pass):
                     if seen is None:
                         raise ValueError("its input was never computed")
                     weights = {site.path: site.weight(model) for site in group.sites}
-                    solved = solve_group(plans[group.name], weights, seen, self.damping, note)
+                    solved = solve_group(plans[group.name], weights, seen, self.config, note)
                 yield group.name, solved
         except ValueError as error:
             raise ValueError(f"block {block.name}, {error}") from error
 
-    def _run(self, block: Block, env: dict[str, Any], later: Sequence[Block]) -> None:
+    def _after(self, block: Block, values: Mapping[str, Any], later: Sequence[Block]) -> dict[str, Any]:
         with self.context():
-            after = run_block(block, env, later)
-        env.clear()
-        env.update(after)
+            return run_block(block, values, later)
 
     def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         move = (lambda t: t) if self.device is None else (lambda t: t.to(self.device))
         moved: dict[str, Any] = pytree.tree_map_only(Tensor, move, dict(batch))
         return moved
+
+
+@dataclass
+class _Stream:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        values: what later blocks need, from blocks that are compressed already.
+        masks: padding.
+        dense: the same values in the dense model; None: as long as they are the same.
+    """
+
+    values: dict[str, Any]
+    masks: Masks
+    dense: dict[str, Any] | None = None
 
 
 @contextmanager

@@ -1,6 +1,17 @@
 """What a run tells."""
 
 from mpfx.report.memory import peak_memory_bytes
-from mpfx.report.summary import Report, SiteReport
+from mpfx.report.plots import Line, plot_sizes
+from mpfx.report.summary import AllocationReport, Report, SiteReport
+from mpfx.report.tables import markdown, table
 
-__all__ = ["Report", "SiteReport", "peak_memory_bytes"]
+__all__ = [
+    "AllocationReport",
+    "Line",
+    "Report",
+    "SiteReport",
+    "markdown",
+    "peak_memory_bytes",
+    "plot_sizes",
+    "table",
+]

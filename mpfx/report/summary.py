@@ -36,6 +36,31 @@ class SiteReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AllocationReport:
+    """What allocation `optimal` found.
+
+    Attributes:
+        distortion: estimated increase of the loss, in a unit of its own.
+        bound: no plan within the budget has less.
+        gap: how far the distortion may be from the best possible, relative to it.
+        budget_bytes: that the plans had to keep; None where the code bits were given.
+        stored_bytes: that the plans take; masked codes are counted at most.
+        left_out: input channels that are left out, of all input groups.
+        channels: input channels of all input groups.
+        sparsity: pattern of every site, by path, with sparsity `auto`; else empty.
+    """
+
+    distortion: float
+    bound: float
+    gap: float
+    budget_bytes: int | None
+    stored_bytes: int
+    left_out: int
+    channels: int
+    sparsity: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One run.
 
@@ -49,6 +74,7 @@ class Report:
         seconds: by stage, and "total".
         peak_memory_bytes: of the process, or of the accelerator if there is one.
         sites: one entry per compressed Linear.
+        allocation: distortion and gap, with allocation `optimal`; else None.
         left_dense: Linears that stay as they are, with the reason.
         notes: what the user should know besides, such as a size that the tiers overruled.
         config: what was asked.
@@ -63,6 +89,7 @@ class Report:
     seconds: Mapping[str, float]
     peak_memory_bytes: int
     sites: Sequence[SiteReport]
+    allocation: AllocationReport | None = None
     left_dense: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +128,10 @@ class Report:
         table.add_row("stored bits per weight", "", f"{self.bits_per_weight:.3f}", "")
         table.add_row("code bits", "", f"{self.code_bits:.3f}", "")
         table.add_row("sparsity", "", f"{self.sparsity:.3f}", "")
+        if self.allocation is not None:
+            table.add_row("gap to the best allocation", "", f"{self.allocation.gap:.2%}", "")
+            left_out = f"{self.allocation.left_out:,} of {self.allocation.channels:,}"
+            table.add_row("input channels left out", "", left_out, "")
         table.add_row("seconds", "", f"{self.seconds['total']:.1f}", "")
         table.add_row("peak memory, bytes", "", f"{self.peak_memory_bytes:,}", "")
         return table

@@ -1,19 +1,27 @@
-"""Solving one weight: grids, masks, the factor of the Hessian, and the sweep. Tensors in, tensors out."""
+"""Solving one weight: grids, masks, the factor of the Hessian, the sweep, refinement. Tensors in, tensors out."""
 
+from mpfx.solve.coded import ScaleBases, fit_bases, fit_coded_grid
 from mpfx.solve.factor import Factor, factorise
 from mpfx.solve.grid import Grid, GridConfig, fit_grid
 from mpfx.solve.mask import Sparsity, prune_lowest, prune_n_of_m
+from mpfx.solve.refine import refine
+from mpfx.solve.rounding import round_nearest
 from mpfx.solve.sweep import layer_error, sweep
 
 __all__ = [
     "Factor",
     "Grid",
     "GridConfig",
+    "ScaleBases",
     "Sparsity",
     "factorise",
+    "fit_bases",
+    "fit_coded_grid",
     "fit_grid",
     "layer_error",
     "prune_lowest",
     "prune_n_of_m",
+    "refine",
+    "round_nearest",
     "sweep",
 ]

@@ -1,5 +1,7 @@
 """The factor that the sweep walks along."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +67,22 @@ def factorise(hessian: Tensor, damping: float = 0.01) -> Factor:
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's Cholesky rounds differently on other numbers of threads; nothing else that a run computes does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _upper_of_inverse(hessian: Tensor, ridge: float) -> tuple[Tensor, bool]:
     flipped = hessian.flip(0, 1)
     flipped.diagonal().add_(ridge)
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    with _one_thread():
+        lower, info = torch.linalg.cholesky_ex(flipped)
     if int(info):
         return lower, True
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpfx.nn.layout import SCALE_BITS
+
 _SHRINKS = tuple(1 - step * 0.025 for step in range(24))
 _ERROR_POWER = 2.4  # between squares and worst case, as GPTQ's clip search (Frantar et al., 2023) weighs errors
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # positive float16 values
@@ -21,14 +23,25 @@ class GridConfig:
         group_size: channels that share one scale and zero point per output row, a multiple of 32. null: one scale
             per row and bit width.
         symmetric: the zero point is the middle code and is not stored.
-        clip_search: try 24 shrunken ranges and keep the one with the least error, instead of min and max.
+        clip_search: try 24 shrunken ranges, or 7 coded ones, and keep the one with the least error, instead of min and
+            max (coded: the better one of the two nearest).
+        scale_bits: width of a stored scale: 4, a code on a logarithmic grid, or 16, a float16 value. 4 needs a
+            `group_size`.
     """
 
     group_size: int | None = 64
     symmetric: bool = False
     clip_search: bool = True
+    scale_bits: int = SCALE_BITS
 
     def __post_init__(self) -> None:
+        if self.scale_bits not in (SCALE_BITS, 16):
+            raise ValueError(f"Expected `grid.scale_bits` to be {SCALE_BITS} or 16 but got {self.scale_bits}.")
+        if self.group_size is None and self.scale_bits != 16:
+            raise ValueError(
+                f"Expected `grid.scale_bits` to be 16 where `grid.group_size` is null but got {self.scale_bits}: set "
+                "grid.scale_bits to 16."
+            )
         if self.group_size is not None and (self.group_size < 32 or self.group_size % 32):
             raise ValueError(
                 f"Expected `grid.group_size` to be null or a positive multiple of 32 but got {self.group_size}."
@@ -40,7 +53,7 @@ class Grid:
     """A uniform grid per row.
 
     Attributes:
-        scale: step between two codes, a float16 value held in float32, ``(rows,)``.
+        scale: step between two codes, ``(rows,)`` float32; what the stored scale, float16 or coded, decodes to.
         zero: code of the value 0, an integer held in float32, ``(rows,)``.
         bits: code width; codes are ``0 .. 2**bits - 1``.
     """
@@ -72,37 +85,63 @@ def fit_grid(weight: Tensor, bits: int, config: GridConfig) -> Grid:
     Raises:
         ValueError: if weights are NaN, or so large that no float16 scale can hold them.
     """
-    low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
-    if config.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    empty = high == low
-    span = torch.where(empty, 1.0, high - low)
-    top = (1 << bits) - 1
-    zero = torch.full_like(span, 1 << (bits - 1)) if config.symmetric else (-low / span * top).round_()
-    best = Grid(_float16(span / top), zero, bits)
+    low, span = extent(weight, config)
+    span = torch.where(span == 0, 1.0, span)
+    top, zero = (1 << bits) - 1, zero_points(low, span, bits, config)
+    best = Grid(as_float16(span / top), zero, bits)
     if not config.clip_search:
         return best
-    least = _error(weight, best)
+    least = rounding_error(weight, best)
     for shrink in _SHRINKS[1:]:
-        trial = Grid(_float16(span * (shrink / top)), zero, bits)
-        error = _error(weight, trial)
+        trial = Grid(as_float16(span * (shrink / top)), zero, bits)
+        error = rounding_error(weight, trial)
         best = Grid(torch.where(error < least, trial.scale, best.scale), zero, bits)
         least = torch.minimum(error, least)
     return best
 
 
-def _error(weight: Tensor, grid: Grid) -> Tensor:
+def extent(weight: Tensor, config: GridConfig) -> tuple[Tensor, Tensor]:
+    """The least value that a grid over weights ``(channels, rows)`` has to reach, and its whole range, ``(rows,)``."""
+    low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
+    if config.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    return low, high - low
+
+
+def zero_points(low: Tensor, span: Tensor, bits: int, config: GridConfig) -> Tensor:
+    """Codes of the value 0, held in float32, of grids from ``low`` on, of range ``span``, and of shrunken ones."""
+    if config.symmetric:
+        return torch.full_like(span, 1 << (bits - 1))
+    return (-low / span * ((1 << bits) - 1)).round_()
+
+
+def nearest(weight: Tensor, grid: Grid | None) -> tuple[Tensor, Tensor]:
+    """Round to codes, int32, and the values that they stand for; None: to raw float16."""
+    if grid is None:
+        half = weight.half()
+        return half.view(torch.int16).int() & 0xFFFF, half.float()
+    codes = grid.quantize(weight)
+    return codes.int(), grid.dequantize(codes)
+
+
+def rounding_error(weight: Tensor, grid: Grid) -> Tensor:
+    """What the clip search minimises, ``(rows,)``."""
     off = grid.dequantize(grid.quantize(weight)).sub_(weight).abs_()
     return off.pow_(_ERROR_POWER).sum(0)
 
 
-def _float16(scale: Tensor) -> Tensor:
+def as_float16(scale: Tensor, what: str = "quantization step") -> Tensor:
+    """Round positive numbers to positive float16 values, held in float32.
+
+    Raises:
+        ValueError: if there are NaN, or numbers that float16 cannot hold.
+    """
     if bool(scale.isnan().any()):
         raise ValueError("the weights hold NaN: the layer is damaged.")
     if not bool((scale <= _LARGEST).all()):
         raise ValueError(
-            f"weights need a quantization step of {scale.max():.3g}, but a float16 scale holds at most {_LARGEST:g}: "
+            f"weights need a {what} of {scale.max():.3g}, but a float16 scale holds at most {_LARGEST:g}: "
             "the layer's weights are damaged or not normalised; leave the site dense (`scope.exclude`) or rescale it."
         )
     return scale.clamp(min=_SMALLEST).half().float()

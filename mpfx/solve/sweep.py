@@ -8,9 +8,11 @@ for the error, as ``H^-1`` says they can. Pruning and rounding error travel toge
 import torch
 from torch import Tensor
 
-from mpfx.nn.layout import SEGMENT, Layout, Span
+from mpfx.nn.layout import LEFT_OUT, SCALE_BITS, SEGMENT, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
-from mpfx.solve.grid import Grid, GridConfig, fit_grid
+from mpfx.nn.scales import CodedScales, Scales
+from mpfx.solve.coded import fit_bases, fit_coded_grid
+from mpfx.solve.grid import Grid, GridConfig, fit_grid, nearest
 from mpfx.solve.mask import Sparsity, prune_lowest, prune_n_of_m
 
 
@@ -24,15 +26,17 @@ def sweep(
             stacked.
         upper: ``(in, in)`` float32 with ``H^-1 = U^T U``, channels in sweep order
             (:func:`mpfx.solve.factor.factorise`).
-        layout: bit width of every channel, groups and panels.
-        grid: how scales are fitted. Each is fitted once, on the weights of its group as compensated so far.
+        layout: bit width of every channel, groups and panels. Channels that are left out become zero, and later ones
+            make up for that too.
+        grid: how scales are fitted. Each is fitted once, on the weights of its group as compensated so far; the bases
+            of coded ones on the weights as they are given.
         sparsity: what to prune; unstructured masks take the lowest ``w^2 / U_jj^2`` of a panel.
 
     Returns:
         Codes, scales, zeros and mask; ``.dequantize()`` is the solved weight.
 
     Raises:
-        ValueError: if weights are not finite, or too large for float16 scales or raw float16 channels.
+        ValueError: if weights are not finite, or too large for float16 scales or bases or raw float16 channels.
     """
     state = _Sweep(weight, upper, layout, grid, sparsity or Sparsity())
     for panel in layout.panels:
@@ -55,12 +59,16 @@ class _Sweep:
         self.upper, self.diagonal = upper, upper.diagonal().tolist()
         self.layout, self.config, self.sparsity = layout, config, sparsity
         self.grids: list[Grid] = []
+        self.bases = fit_bases(self.work, layout, config) if config.scale_bits == SCALE_BITS else None
+        self.scale_codes: list[Tensor] = []
         self.groups = {group.start: group for group in layout.groups}
 
     def solve_panel(self, panel: Span) -> None:
         rows = self.work.shape[1]
-        if self.sparsity and not self.sparsity.group_m:
-            inside = slice(panel.start, panel.stop)
+        inside = slice(panel.start, panel.stop)
+        if panel.bits == LEFT_OUT:
+            self.pruned[inside] = True
+        elif self.sparsity and not self.sparsity.group_m:
             saliency = self._saliency(inside)
             self.pruned[inside] = prune_lowest(saliency, self.sparsity.pruned(rows, panel.channels))
         errors = torch.empty(panel.channels, rows, dtype=self.work.dtype, device=self.work.device)
@@ -68,12 +76,12 @@ class _Sweep:
             stop = min(start + SEGMENT, panel.stop)
             self._solve_segment(start, stop, panel, errors[start - panel.start : stop - panel.start])
             self._compensate(errors[start - panel.start : stop - panel.start], slice(start, stop), stop, panel.stop)
-        self._compensate(errors, slice(panel.start, panel.stop), panel.stop, len(self.work))
+        self._compensate(errors, inside, panel.stop, len(self.work))
 
     def _solve_segment(self, start: int, stop: int, panel: Span, errors: Tensor) -> None:
         """Solve channels ``start .. stop-1`` one after the other; writes ``(w - q) / U_jj`` into ``errors``."""
         for j in range(start, stop):
-            if self.sparsity.group_m and (j - panel.start) % self.sparsity.group_m == 0:
+            if self.sparsity.group_m and (j - panel.start) % self.sparsity.group_m == 0 and panel.bits != LEFT_OUT:
                 self._prune_next(j, panel.stop)
             if j in self.groups:
                 self._start_group(self.groups[j])
@@ -85,15 +93,12 @@ class _Sweep:
                 self.work[j + 1 : stop].addr_(self.upper[j, j + 1 : stop], errors[j - start], alpha=-1)
 
     def _quantize(self, w: Tensor, pruned: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        if not span.quantized:
-            half = w.masked_fill(pruned, 0.0).half()
-            return half.view(torch.int16).int() & 0xFFFF, half.float()
-        grid = self.grids[-1]
-        codes = grid.quantize(w)
-        q = grid.dequantize(codes)
+        if span.bits == LEFT_OUT:
+            return torch.zeros_like(w, dtype=torch.int32), torch.zeros_like(w)
+        codes, q = nearest(w, self.grids[-1] if span.quantized else None)
         if self.sparsity:
-            codes, q = codes.masked_fill_(pruned, 0.0), q.masked_fill_(pruned, 0.0)
-        return codes.int(), q
+            codes, q = codes.masked_fill_(pruned, 0), q.masked_fill_(pruned, 0.0)
+        return codes, q
 
     def _start_group(self, group: Span) -> None:
         if not group.quantized:
@@ -105,7 +110,12 @@ class _Sweep:
             weight = weight.masked_fill(ahead, 0.0)
         elif self.sparsity:
             weight = weight.masked_fill(self.pruned[inside], 0.0)
-        self.grids.append(fit_grid(weight, group.bits, self.config))
+        if self.bases is None:
+            self.grids.append(fit_grid(weight, group.bits, self.config))
+            return
+        grid, codes = fit_coded_grid(weight, group.bits, self.config, self.bases.product(len(self.grids)))
+        self.grids.append(grid)
+        self.scale_codes.append(codes)
 
     def _prune_next(self, start: int, stop: int) -> None:
         inside = slice(start, min(start + self.sparsity.group_m, stop))
@@ -119,16 +129,23 @@ class _Sweep:
             self.work[start:stop].addmm_(self.upper[done, start:stop].t(), errors, alpha=-1)
 
     def result(self) -> QuantizedWeight:
-        rows = self.work.shape[1]
-        scales = torch.stack([g.scale for g in self.grids], 1) if self.grids else self.work.new_empty(rows, 0)
-        zeros = torch.stack([g.zero for g in self.grids], 1) if self.grids else scales
+        zeros = self._columns([grid.zero for grid in self.grids])
         return QuantizedWeight(
             codes=self.codes.t().contiguous(),
-            scales=scales.half(),
+            scales=self._scales(),
             zeros=None if self.config.symmetric else zeros.to(torch.uint8),
             kept=(~self.pruned).t().contiguous() if self.sparsity else None,
             layout=self.layout,
         )
+
+    def _scales(self) -> Scales:
+        if self.bases is None:
+            return self._columns([grid.scale for grid in self.grids]).half()
+        return CodedScales.of(self._columns(self.scale_codes), self.bases.row, self.bases.group)
+
+    def _columns(self, of_grids: list[Tensor]) -> Tensor:
+        """One column per grid, ``(rows, grids)``."""
+        return torch.stack(of_grids, 1) if of_grids else self.work.new_empty(self.work.shape[1], 0)
 
 
 def layer_error(weight: Tensor, solved: Tensor, hessian: Tensor) -> float:

@@ -17,6 +17,8 @@ class Moments:
         mean: mean of x, ``(in,)`` float32.
         variance: of x, ``(in,)`` float32.
         tokens: n.
+        drift: ``2/n * sum_t c_t (y_t - x_t) x_t^T``, ``(in, in)`` float32, where y is what x would be in another model
+            (the dense one); None: not observed.
     """
 
     hessian: Tensor
@@ -24,6 +26,7 @@ class Moments:
     mean: Tensor
     variance: Tensor
     tokens: int
+    drift: Tensor | None = None
 
     @property
     def mean_square(self) -> Tensor:
@@ -33,7 +36,8 @@ class Moments:
     def reordered(self, order: Tensor) -> "Moments":
         """The statistics of ``x[order]``, ``(in,)``."""
         hessian = self.hessian[order][:, order]
-        return Moments(hessian, self.mean_abs[order], self.mean[order], self.variance[order], self.tokens)
+        drift = None if self.drift is None else self.drift[order][:, order]
+        return Moments(hessian, self.mean_abs[order], self.mean[order], self.variance[order], self.tokens, drift)
 
 
 class MomentAccumulator:
@@ -53,24 +57,32 @@ class MomentAccumulator:
 
         self._outer = zeros(in_features, in_features, dtype=torch.float32)
         self._absolute, self._sum, self._square = zeros(in_features), zeros(in_features), zeros(in_features)
+        self._drift: Tensor | None = None
         self.tokens = 0
 
     @torch.no_grad()
-    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+    def update(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Add the tokens of one batch.
 
         Args:
             x: ``(..., in)``, any floating dtype; summed in float32 and float64.
             weights: ``(...)``, non-negative weight c_t of every token. Tokens of weight 0 (padding) do not count at
                 all.
+            reference: what another model reads in the place of x, ``(..., in)``; from the first batch on or never.
         """
         x = x.detach().flatten(0, -2).float()
+        off = None if reference is None else reference.detach().flatten(0, -2).float() - x
         scaled = x
         if weights is not None:
             c = weights.detach().flatten().float()
-            x, c = x[c > 0], c[c > 0]
+            kept = c > 0
+            x, c = x[kept], c[kept]
+            off = None if off is None else off[kept]
             scaled = x * c[:, None]
         self._outer.addmm_(scaled.t(), x)
+        if off is not None:
+            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
+            self._drift.addmm_(off.t(), scaled)
         self._absolute += x.abs().sum(0)
         self._sum += x.sum(0)
         self._square += x.square().sum(0)
@@ -80,6 +92,8 @@ class MomentAccumulator:
         """Add what another accumulator saw."""
         for mine, its in zip(self._sums(), other._sums(), strict=True):
             mine.add_(its.to(mine.device))
+        if self._drift is not None and other._drift is not None:
+            self._drift.add_(other._drift.to(self._drift.device))
         self.tokens += other.tokens
 
     def _sums(self) -> tuple[Tensor, ...]:
@@ -100,4 +114,5 @@ class MomentAccumulator:
             mean=mean.float(),
             variance=(self._square / self.tokens - mean.square()).clamp_(min=0).float(),
             tokens=self.tokens,
+            drift=None if self._drift is None else self._drift * (2 / self.tokens),
         )

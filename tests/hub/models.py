@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 import mpfx
 from mpfx.hub.checkpoint import CheckpointError
-from mpfx.nn import Layout, MixedPrecisionLinear, QuantizedWeight, pack, pack_permutation
+from mpfx.nn import (
+    LEFT_OUT,
+    CodedScales,
+    Layout,
+    MixedPrecisionLinear,
+    QuantizedWeight,
+    Scales,
+    pack,
+    pack_permutation,
+)
 from mpfx.passes import CompressionConfig
 
 Batches = list[dict[str, Tensor]]
@@ -39,15 +48,29 @@ def edit_weights(folder: Path, change: Change) -> None:
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def packed_linear(rows: int, channels: int, *, bias: bool = True, seed: int = 0) -> MixedPrecisionLinear:
+def coded_scales(rows: int, grids: int, generator: torch.Generator) -> CodedScales:
+    codes = torch.randint(0, 16, (rows, grids), generator=generator)
+    return CodedScales.of(codes, *(torch.rand(count, generator=generator) + 0.5 for count in (rows, grids)))
+
+
+def packed_linear(
+    rows: int, channels: int, *, bias: bool = True, seed: int = 0, coded: bool = False
+) -> MixedPrecisionLinear:
+    """A layer with a mask; one with coded scales leaves its last segment out."""
     generator = torch.Generator().manual_seed(seed)
-    layout = Layout(channels, (4,) * -(-channels // 32), 32)
-    groups = len(layout.groups)
+    layout = Layout(channels, (4,) * (-(-channels // 32) - coded) + (0,) * coded, 32)
+    grids = len(layout.grids)
+    codes = torch.randint(0, 16, (rows, channels), generator=generator).int()
+    kept = torch.rand(rows, channels, generator=generator) < 0.5
+    for run in layout.runs:
+        if run.bits == LEFT_OUT:
+            codes[:, run.start : run.stop], kept[:, run.start : run.stop] = 0, False
+    scales: Scales = torch.rand(rows, grids, generator=generator).half() + 0.5
     weight = QuantizedWeight(
-        codes=torch.randint(0, 16, (rows, channels), generator=generator).int(),
-        scales=torch.rand(rows, groups, generator=generator).half() + 0.5,
-        zeros=torch.randint(0, 16, (rows, groups), generator=generator).to(torch.uint8),
-        kept=torch.rand(rows, channels, generator=generator) < 0.5,
+        codes=codes,
+        scales=coded_scales(rows, grids, generator) if coded else scales,
+        zeros=torch.randint(0, 16, (rows, grids), generator=generator).to(torch.uint8),
+        kept=kept,
         layout=layout,
     )
     order = pack_permutation(torch.randperm(channels, generator=generator))
@@ -63,7 +86,7 @@ class Own(nn.Module):
     def __init__(self, packed: bool) -> None:
         super().__init__()
         self.q = packed_linear(32, 64) if packed else nn.Linear(64, 32)
-        self.k = packed_linear(16, 64, bias=False) if packed else nn.Linear(64, 16, bias=False)
+        self.k = packed_linear(16, 64, bias=False, coded=True) if packed else nn.Linear(64, 16, bias=False)
         self.inner = nn.ModuleDict({"norm": nn.LayerNorm(64), "bn": nn.BatchNorm1d(64)})
         self.embed, self.head = nn.Embedding(8, 64), nn.Linear(64, 8, bias=False)
         self.head.weight = self.embed.weight

@@ -19,6 +19,7 @@ from tests.hub.models import (
     Change,
     added,
     changed,
+    coded_scales,
     contents,
     edit,
     edit_weights,
@@ -30,34 +31,40 @@ from tests.hub.models import (
 )
 
 
-def packed_weight(rows: int, channels: int, seed: int, masked: bool) -> PackedWeight:
+def packed_weight(rows: int, channels: int, seed: int, masked: bool, coded: bool) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
-    layout = Layout(channels, (3 + seed % 4,) * -(-channels // 32), 32)  # another width for every expert
-    shape = (rows, len(layout.groups))
+    segments = -(-channels // 32)
+    layout = Layout(channels, (3 + seed % 4,) * segments, 32)  # another width for every expert
+    if coded and seed == 1:
+        layout = Layout(channels, (0,) * segments, 32)
+    shape = (rows, len(layout.grids))
+    kept = torch.rand(rows, channels, generator=generator) < 0.6
     return pack(
         QuantizedWeight(
             codes=torch.randint(0, 8, (rows, channels), generator=generator).int(),
-            scales=torch.rand(shape, generator=generator).half() / 20,
+            scales=coded_scales(*shape, generator) if coded else torch.rand(shape, generator=generator).half() / 20,
             zeros=torch.randint(0, 8, shape, generator=generator).to(torch.uint8),
-            kept=torch.rand(rows, channels, generator=generator) < 0.6 if masked else None,
+            kept=kept & bool(layout.grids) if masked else None,
             layout=layout,
         )
     )
 
 
-def packed_stack(shape: torch.Size, transposed: bool, dtype: torch.dtype, masked: bool) -> PackedStack:
+def packed_stack(
+    shape: torch.Size, transposed: bool, dtype: torch.dtype, masked: bool, coded: bool = False
+) -> PackedStack:
     experts, rows, channels = shape if not transposed else (shape[0], shape[2], shape[1])
-    weights = [packed_weight(rows, channels, seed, masked) for seed in range(experts)]
+    weights = [packed_weight(rows, channels, seed, masked, coded) for seed in range(experts)]
     orders = [torch.randperm(channels, generator=torch.Generator().manual_seed(seed)) for seed in range(experts)]
     return PackedStack(weights, permutation=orders, dtype=dtype, transposed=transposed)
 
 
-def pack_experts(model: nn.Module, transposed: bool = False, masked: bool = False) -> None:
+def pack_experts(model: nn.Module, transposed: bool = False, masked: bool = False, coded: bool = False) -> None:
     """Put packed experts in the place of every module with parameters ``(experts, ., .)``."""
     for path, module in list(model.named_modules()):
         found = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
         if found:
-            stacks = {n: packed_stack(p.shape, transposed, p.dtype, masked) for n, p in found.items()}
+            stacks = {n: packed_stack(p.shape, transposed, p.dtype, masked, coded) for n, p in found.items()}
             model.set_submodule(path, PackedExperts(module, stacks))
 
 
@@ -80,11 +87,12 @@ def token_ids() -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
-def test_models_of_transformers(tmp_path: Path, name: str, masked: bool) -> None:
+def test_models_of_transformers(tmp_path: Path, name: str, masked: bool, coded: bool) -> None:
     model, ids = language_model(name), token_ids()
-    pack_experts(model, transposed=name == "GptOss", masked=masked)
-    model.model.layers[0].self_attn.q_proj = packed_linear(32, 32, bias=name == "GptOss")
+    pack_experts(model, transposed=name == "GptOss", masked=masked, coded=coded)
+    model.model.layers[0].self_attn.q_proj = packed_linear(32, 32, bias=name == "GptOss", coded=coded)
     before = model(ids).logits
     stored = mpfx.save(model, tmp_path)
     loaded: Any = mpfx.load(tmp_path)
@@ -150,7 +158,9 @@ def own(fill: float = 0.5, packed: bool = False, twice: bool = False) -> Any:
         for name in ("a", "b") if not twice else ("a",):
             holder: Any = model[name]
             stacks = {
-                n: packed_stack(p.shape, False, p.dtype, True) for n, p in holder[0].named_parameters() if p.dim() == 3
+                n: packed_stack(p.shape, False, p.dtype, True, coded=n == "gate")
+                for n, p in holder[0].named_parameters()
+                if p.dim() == 3
             }
             stacks["gate"].permutation = stacks["up"].permutation
             holder[0] = PackedExperts(holder[0], stacks)
@@ -247,11 +257,19 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, change: Change, message: 
         (without("a.0.up.codes"), r"experts a\.0\.up: `codes` is missing"),
         (changed("a.0.up.scales", lambda t: t[:-1]), "Expected `scales` of shape"),
         (changed("a.0.up.scales", full(float("nan"))), r"site a\.0\.up: expert 0: Expected `scales` to be finite"),
+        (changed("a.0.gate.scale_codes", lambda t: t[:-1]), "Expected `scale_codes` of shape"),
+        (without("a.0.gate.scale_codes"), r"experts a\.0\.gate: `scale_codes` is missing"),
+        (changed("a.0.gate.row_scales", lambda t: t[:, 1:]), r"Expected `row_scales` to be float16 of shape \[3, 40\]"),
+        (changed("a.0.gate.row_scales", torch.neg), r"site a\.0\.gate: expert 0: Expected `row_scales` to be finite"),
+        (changed("a.0.gate.group_scales", lambda t: t[:-1]), "Expected `group_scales` of shape"),
+        (changed("a.0.gate.group_scales", lambda t: t.float()), "Expected `group_scales` to be float16"),
+        (changed("a.0.gate.mask", full(-1)), "expert 1: Expected `mask` to keep nothing"),
+        (added("a.0.gate.scales", torch.ones(40).half()), "one kind of scales"),
         (changed("a.0.up.zeros", lambda t: t[:-1]), "Expected `zeros` of shape"),
         (changed("a.0.up.mask", lambda t: t[:2]), r"Expected `mask` to be int32 of shape \[3, 40, 2\]"),
         (changed("a.0.up.mask", full(0)), "Expected `codes` of shape"),
         (without("a.0.up.mask"), "Expected `codes` of shape"),
-        (changed("a.0.up.widths", full(77)), "Expected widths in 1"),
+        (changed("a.0.up.widths", full(77)), "Expected widths in 0"),
         (changed("a.0.up.widths", lambda t: t[0]), r"Expected `widths` to be uint8 of shape \[3, 2\]"),
         (added("a.0.up.bias", torch.zeros(40)), r"a\.0\.up\.bias, but below a packed site"),
         (added("a.0.up.junk", torch.zeros(40)), r"a\.0\.up\.junk, but below a packed site"),

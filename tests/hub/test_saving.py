@@ -206,6 +206,8 @@ class WithState(nn.Module):
     ("change", "message"),
     [
         (lambda m: m.q.scales.fill_(float("nan")), "site q cannot be saved: Expected `scales`"),
+        (lambda m: m.k.row_scales.fill_(float("nan")), "site k cannot be saved: Expected `row_scales`"),
+        (lambda m: m.k.group_scales.neg_(), "site k cannot be saved: Expected `group_scales`"),
         (lambda m: m.q.permutation.zero_(), "site q cannot be saved: Expected `permutation`"),
         (lambda m: m.q.register_buffer("permutation", torch.arange(64.0)), "mpfx:permutation:0` to be uint8 or"),
         (lambda m: m.q.register_buffer("codes", m.q.codes[:1]), "site q cannot be saved: Expected `codes`"),

@@ -228,8 +228,8 @@ def test_too_little_text_says_what_would_fit(tokenizer: PreTrainedTokenizerFast,
         set_up(tokenizer, evaluation(text_file, None, length=200))
     with pytest.raises(ValueError, match=r"56 tokens before the windows .* same file.*lower evaluation\.samples"):
         set_up(tokenizer, calibration(text_file, 8), evaluation(text_file, 5))
-    with pytest.raises(ValueError, match=r"holds 0 tokens before"):
-        set_up(tokenizer, calibration(text_file, 1), evaluation(text_file, None))
+    with pytest.raises(ValueError, match=r"holds 39 tokens after the windows .* calibration takes"):
+        set_up(tokenizer, calibration(text_file, 8), evaluation(text_file, None, length=50))
 
 
 def test_windows_are_not_there_before_setup(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
@@ -267,3 +267,11 @@ def test_configs_are_frozen_keyword_only_and_documented() -> None:
         EvaluationData("pydocs")  # type: ignore[call-arg]
     assert all(f"{name}:" in (CalibrationData.__doc__ or "") for name in CalibrationData.__dataclass_fields__)
     assert all(f"{name}:" in (EvaluationData.__doc__ or "") for name in EvaluationData.__dataclass_fields__)
+
+
+def test_evaluation_of_a_shared_file_takes_what_calibration_leaves(
+    tokenizer: PreTrainedTokenizerFast, text_file: Path
+) -> None:
+    data = set_up(tokenizer, calibration(text_file, 4), evaluation(text_file, None))
+    assert len(data.calibration_windows) == 4
+    assert len(data.evaluation_windows) == 8  # of 12

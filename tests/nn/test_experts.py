@@ -13,33 +13,56 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, QuantizedWeight, pack, pack_permutation
+from mpfx.nn import (
+    CodedScales,
+    Layout,
+    MixedPrecisionLinear,
+    PackedWeight,
+    QuantizedWeight,
+    Scales,
+    pack,
+    pack_permutation,
+)
 from mpfx.nn.experts import PackedExperts, PackedStack, split_stack
+from mpfx.nn.packing import PARTS
 
 
 def packed_weight(
-    rows: int, channels: int, seed: int, *, masked: bool = False, symmetric: bool = False, raw: bool = False
+    rows: int,
+    channels: int,
+    seed: int,
+    *,
+    masked: bool = False,
+    symmetric: bool = False,
+    raw: bool = False,
+    coded: bool = False,
+    left_out: bool = False,
 ) -> PackedWeight:
     """A weight with widths that the seed decides."""
     generator = torch.Generator().manual_seed(seed)
     segments = -(-channels // 32)
     widths = [16] * segments if raw else (torch.randint(2, 9, (segments,), generator=generator)).tolist()
+    if left_out:  # another segment of every expert, and one expert as a whole
+        widths = [0] * segments if seed == 1 else [0 if k == seed % segments else w for k, w in enumerate(widths)]
     layout = Layout(channels, tuple(widths), 32)
-    grids = [group for group in layout.groups if group.quantized]
+    grids = len(layout.grids)
     codes = torch.cat(
         [torch.randint(0, 1 << min(g.bits, 13), (rows, g.channels), generator=generator) for g in layout.groups], 1
     )
     kept = torch.rand(rows, channels, generator=generator) < 0.6 if masked else None
-    zeros = (
-        torch.stack([torch.randint(0, 1 << g.bits, (rows,), generator=generator) for g in grids], 1) if grids else None
-    )
-    if zeros is None:
-        zeros = torch.empty(rows, 0)
+    for run in layout.runs:
+        if kept is not None and run.bits == 0:
+            kept[:, run.start : run.stop] = False
+    zeros = [torch.randint(0, 1 << g.bits, (rows,), generator=generator) for g in layout.grids]
+    scales: Scales = torch.rand(rows, grids, generator=generator).half() / 50
+    if coded:
+        bases = torch.rand(rows, generator=generator), torch.rand(grids, generator=generator) + 0.1
+        scales = CodedScales.of(torch.randint(0, 16, (rows, grids), generator=generator), *bases)
     return pack(
         QuantizedWeight(
             codes=(codes if kept is None else codes * kept).int(),
-            scales=torch.rand(rows, len(grids), generator=generator).half() / 50,
-            zeros=None if symmetric else zeros.to(torch.uint8),
+            scales=scales,
+            zeros=None if symmetric else (torch.stack(zeros, 1) if zeros else torch.empty(rows, 0)).to(torch.uint8),
             kept=kept,
             layout=layout,
         )
@@ -60,6 +83,10 @@ KINDS: list[dict[str, bool]] = [
     {"symmetric": True},
     {"masked": True, "symmetric": True},
     {"raw": True},
+    {"coded": True},
+    {"coded": True, "masked": True, "left_out": True},
+    {"coded": True, "raw": True},
+    {"left_out": True},
 ]
 
 
@@ -74,11 +101,10 @@ def test_every_expert_is_the_layer_of_its_own_weight(kinds: dict[str, bool], ord
         )
         assert torch.equal(stack.dense(expert), layer.weight)
         assert torch.equal(stack.stacked()[expert], layer.weight)
-        for name in ("codes", "scales", "zeros", "mask", "widths"):
-            part, whole = getattr(stack.packed(expert), name), getattr(stack, name)
-            original = getattr(layer.packed, name)
+        for name, part in stack.packed(expert).parts.items():
+            original, whole = layer.packed.parts[name], getattr(stack, name)
             assert (part is None) == (original is None)
-            if part is not None:
+            if part is not None and original is not None:
                 assert torch.equal(part, original)
                 assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()  # a view
     assert stack.nbytes == sum(packed_weight(24, 70, expert, **kinds).nbytes for expert in range(5))
@@ -98,7 +124,7 @@ def test_transposed_stacks() -> None:
 @pytest.mark.parametrize("kinds", KINDS)
 def test_taken_apart_and_put_together(kinds: dict[str, bool]) -> None:
     stack = packed_stack(4, 24, 70, **kinds)
-    parts = {name: getattr(stack, name) for name in ("codes", "scales", "zeros", "mask", "widths")}
+    parts = {name: getattr(stack, name) for name in PARTS}
     weights = split_stack(parts, out_features=24, in_features=70, group_size=32)
     again = PackedStack(weights, permutation=stack.permutation)
     assert torch.equal(again.stacked(), stack.stacked())
@@ -121,13 +147,39 @@ def test_taken_apart_and_put_together(kinds: dict[str, bool]) -> None:
         ({"mask": torch.zeros_like}, "Expected `codes`"),
         ({"widths": lambda t: t[0]}, "Expected `widths` of shape"),
         ({"widths": lambda t: t[:0]}, "Expected `widths` of shape"),
-        ({"widths": lambda t: t * 0 + 77}, "widths in 1..8"),
+        ({"widths": lambda t: t * 0 + 77}, "widths in 0..8"),
         ({"widths": lambda t: t[:, 1:]}, "Expected 3 widths"),
     ],
 )
 def test_damaged_stacks_are_refused(change: dict[str, Callable[[Tensor], Any]], message: str) -> None:
     stack = packed_stack(4, 24, 70, masked=True)
-    parts: dict[str, Any] = {name: getattr(stack, name) for name in ("codes", "scales", "zeros", "mask", "widths")}
+    parts: dict[str, Any] = {name: getattr(stack, name) for name in PARTS}
+    for name, damage in change.items():
+        parts[name] = damage(parts[name])
+    with pytest.raises(ValueError, match=message):
+        split_stack(parts, out_features=24, in_features=70, group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale_codes": lambda t: t[:-1]}, "Expected `scale_codes` of shape"),
+        ({"scale_codes": lambda t: t.float()}, "expert 0: Expected `scale_codes` to be torch.int32"),
+        ({"scale_codes": lambda t: None}, "expert 0: Expected either `scales`, or"),
+        ({"row_scales": lambda t: t[1:]}, "Expected `row_scales` to be float16 of shape"),
+        ({"row_scales": lambda t: t[:, 1:]}, "Expected `row_scales` to be float16 of shape"),
+        ({"row_scales": lambda t: t.float()}, "Expected `row_scales` to be float16"),
+        ({"row_scales": torch.neg}, "expert 0: Expected `row_scales` to be finite"),
+        ({"group_scales": lambda t: t[1:]}, "Expected `group_scales` of shape"),
+        ({"group_scales": lambda t: t * float("inf")}, "expert 0: Expected `group_scales` to be finite"),
+        ({"group_scales": lambda t: None}, "expert 0: Expected either `scales`, or"),
+        ({"mask": lambda t: t | 1}, "expert 0: Expected `mask` to keep nothing"),
+    ],
+)
+def test_damaged_coded_stacks_are_refused(change: dict[str, Callable[[Tensor], Any]], message: str) -> None:
+    stack = packed_stack(4, 24, 70, masked=True, coded=True, left_out=True)
+    parts: dict[str, Any] = {name: getattr(stack, name) for name in PARTS}
+    split_stack(parts, out_features=24, in_features=70, group_size=32)
     for name, damage in change.items():
         parts[name] = damage(parts[name])
     with pytest.raises(ValueError, match=message):
@@ -141,6 +193,7 @@ def test_weights_that_do_not_go_together_are_refused() -> None:
         (packed_weight(24, 71, 1), "number of channels"),
         (packed_weight(24, 70, 1, masked=True), "use of a mask"),
         (packed_weight(24, 70, 1, symmetric=True), "use of zeros"),
+        (packed_weight(24, 70, 1, coded=True), "use of coded scales"),
     ]:
         with pytest.raises(ValueError, match=message):
             PackedStack([first, other])
@@ -152,10 +205,12 @@ def test_weights_that_do_not_go_together_are_refused() -> None:
         PackedStack([first]).packed(1)
 
 
-def test_a_change_of_dtype_leaves_the_stored_weights_alone() -> None:
-    stack = packed_stack(3, 24, 70)
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_change_of_dtype_leaves_the_stored_weights_alone(coded: bool) -> None:
+    stack = packed_stack(3, 24, 70, coded=coded)
     before, moved = stack.stacked(), copy.deepcopy(stack).to(torch.bfloat16)
-    assert moved.scales.dtype == torch.float16
+    for name in ("row_scales", "group_scales") if coded else ("scales",):
+        assert getattr(moved, name).dtype == torch.float16
     assert moved.weight_dtype == moved.stacked().dtype == moved.dense(0).dtype == torch.bfloat16
     assert torch.equal(moved.float().stacked(), before)
     assert copy.deepcopy(stack).half().stacked().dtype == torch.float16
@@ -303,7 +358,7 @@ def test_other_dtypes() -> None:
     x, index, weights = inputs()
     packed.to(torch.bfloat16)
     dense.to(torch.bfloat16)
-    assert packed.packed_stacks["up"].scales.dtype == torch.float16
+    assert packed.packed_stacks["up"].get_buffer("scales").dtype == torch.float16
     arguments = (x.bfloat16(), index, weights.bfloat16())
     assert torch.equal(packed(*arguments), dense(*arguments))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpfx.nn import Layout, Span, permutation_bytes, stored_bytes
+from mpfx.nn import LAYOUT_WIDTHS, Layout, Span, permutation_bytes, stored_bytes
 
 
 def test_groups_never_mix_widths() -> None:
@@ -25,7 +25,7 @@ def test_groups_and_panels_cover_all_channels_once(group_size: int | None) -> No
 
 def test_bytes_counted_by_hand() -> None:
     layout = Layout(128, (4,) * 4, group_size=64)
-    size = stored_bytes(layout, 10, symmetric=False)
+    size = stored_bytes(layout, 10, symmetric=False, scale_bits=16)
     assert size.codes == 10 * 128 * 4 // 8
     assert size.scales == 10 * 2 * 2
     assert size.zeros == 2 * 32 * 4 // 8  # two groups, ten rows padded to a block of 32 codes
@@ -33,15 +33,42 @@ def test_bytes_counted_by_hand() -> None:
     sparse = stored_bytes(layout, 10, symmetric=True, kept=(641,))
     assert sparse.codes == 21 * 4 * 4  # 641 codes are 21 blocks of 32, four words each
     assert (sparse.mask, sparse.zeros) == (10 * 128 // 8, 0)
+    coded = stored_bytes(layout, 40, symmetric=False)
+    assert coded.scales == 2 * (64 * 4 // 8) + 2 * 40 + 2 * 2  # forty rows are two blocks of 32; bases
+    assert coded.total - coded.scales == stored_bytes(layout, 40, symmetric=False, scale_bits=16).total - 40 * 2 * 2
     assert permutation_bytes(65536) == 2 * 65536
     assert permutation_bytes(65537) == 4 * 65537
+
+
+def test_segments_that_are_left_out_cost_their_width_and_mask() -> None:
+    layout = Layout(224, (4, 4, 0, 0, 0, 16, 2), group_size=64)
+    assert layout.runs == (Span(0, 64, 4), Span(64, 160, 0), Span(160, 192, 16), Span(192, 224, 2))
+    assert layout.grids == (Span(0, 64, 4), Span(192, 224, 2))
+    assert not Span(64, 160, 0).quantized
+    assert layout.code_bits == (64 * 4 + 32 * 16 + 32 * 2) / 224
+    shorter = Layout(128, (4, 4, 16, 2), group_size=64)
+    for symmetric in (True, False):
+        for scale_bits in (4, 16):
+            size = stored_bytes(layout, 10, symmetric=symmetric, scale_bits=scale_bits)
+            assert size.total == stored_bytes(shorter, 10, symmetric=symmetric, scale_bits=scale_bits).total + 3
+    sparse, less = (
+        stored_bytes(laid_out, 10, symmetric=False, kept=kept)
+        for laid_out, kept in ((layout, (70, 0, 30, 31)), (shorter, (70, 30, 31)))
+    )
+    assert sparse.total == less.total + 3 + 3 * 10 * 4
+    nothing = stored_bytes(Layout(70, (0, 0, 0)), 10, symmetric=False, scale_bits=16)
+    assert nothing.total == nothing.widths == 3
+
+
+def test_all_widths_of_a_layout() -> None:
+    assert Layout(32 * 10, LAYOUT_WIDTHS).widths == (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
 @pytest.mark.parametrize(
     ("channels", "widths", "group", "message"),
     [
         (64, (4,), 64, "Expected 2 widths"),
-        (64, (4, 9), 64, "Expected widths in 1..8 or 16"),
+        (64, (4, 9), 64, "Expected widths in 0..8 or 16"),
         (64, (4, 4), 48, "multiple of 32"),
         (0, (), 64, "channels"),
     ],

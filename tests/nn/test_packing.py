@@ -7,28 +7,52 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpfx.nn import Layout, QuantizedWeight, pack, stored_bytes, unpack, validate
-from mpfx.nn.packing import pack_codes, unpack_codes
+from mpfx.nn import (
+    CodedScales,
+    Layout,
+    PackedWeight,
+    QuantizedWeight,
+    pack,
+    reordered_rows,
+    stored_bytes,
+    unpack,
+    validate,
+)
+from mpfx.nn.planes import pack_codes, unpack_codes
 
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def random_weight(layout: Layout, rows: int, *, symmetric: bool = False, density: float = 1.0) -> QuantizedWeight:
+def random_weight(
+    layout: Layout, rows: int, *, symmetric: bool = False, density: float = 1.0, coded: bool = False
+) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(rows)
     columns = [
         torch.randint(0, 2**run.bits if run.bits < 16 else 0x7000, (rows, run.channels), generator=generator)
         for run in layout.runs
     ]
-    grids = [group.bits for group in layout.groups if group.quantized]
+    grids = [group.bits for group in layout.grids]
     zeros = [torch.randint(0, 2**bits, (rows,), generator=generator) for bits in grids]
     kept = torch.rand(rows, layout.in_features, generator=generator) < density
+    for run in layout.runs:
+        if run.bits == 0:
+            kept[:, run.start : run.stop] = False
     codes = torch.cat(columns, 1).int()
+    scales = torch.rand(rows, len(grids), generator=generator).half()
     return QuantizedWeight(
         codes=codes if density == 1 else codes * kept,
-        scales=torch.rand(rows, len(grids), generator=generator).half(),
+        scales=coded_scales(rows, len(grids)) if coded else scales,
         zeros=None if symmetric else torch.stack(zeros, 1).to(torch.uint8) if zeros else torch.empty(rows, 0).byte(),
         kept=None if density == 1 else kept,
         layout=layout,
+    )
+
+
+def coded_scales(rows: int, grids: int) -> CodedScales:
+    generator = torch.Generator().manual_seed(rows + grids)
+    codes = torch.randint(0, 16, (rows, grids), generator=generator)
+    return CodedScales.of(
+        codes, torch.rand(rows, generator=generator) + 0.5, torch.rand(grids, generator=generator) + 0.1
     )
 
 
@@ -58,18 +82,28 @@ def test_bits_lie_where_the_format_says(bits: int, planes: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize(
-    "widths", [(b,) * 4 for b in ALL_WIDTHS] + [(8, 7, 6, 5), (4, 3, 2, 1), (16, 4, 16, 4)], ids=str
+    "widths",
+    [(b,) * 4 for b in (0, *ALL_WIDTHS)]
+    + [(8, 7, 6, 5), (4, 3, 2, 1), (16, 4, 16, 4), (0, 4, 0, 3), (5, 0, 0, 16), (16, 2, 0, 0)],
+    ids=str,
 )
 @pytest.mark.parametrize("channels", [128, 101])
 @pytest.mark.parametrize("rows", [1, 32, 45])
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.0])
-def test_weights_round_trip_exactly(widths: tuple[int, ...], channels: int, rows: int, density: float) -> None:
-    weight = random_weight(Layout(channels, widths, 64), rows, density=density)
+@pytest.mark.parametrize("coded", [False, True])
+def test_weights_round_trip_exactly(
+    widths: tuple[int, ...], channels: int, rows: int, density: float, coded: bool
+) -> None:
+    weight = random_weight(Layout(channels, widths, 64), rows, density=density, coded=coded)
     packed = pack(weight)
     validate(packed)
     back = unpack(packed)
     assert torch.equal(back.codes, weight.codes)
-    assert torch.equal(back.scales, weight.scales)
+    for name, part in pack(back).parts.items():
+        original = packed.parts[name]
+        assert (part is None) == (original is None)
+        assert part is None or original is None or torch.equal(part, original)
+    assert packed.out_features == rows
     assert weight.zeros is not None
     assert back.zeros is not None
     assert torch.equal(back.zeros, weight.zeros)
@@ -80,16 +114,45 @@ def test_weights_round_trip_exactly(widths: tuple[int, ...], channels: int, rows
         assert torch.equal(back.kept, weight.kept)
         assert bool((back.dequantize()[~weight.kept] == 0).all())
         assert packed.sparsity == pytest.approx(1 - float(weight.kept.float().mean()))
+    else:
+        left_out = [run.channels for run in weight.layout.runs if run.bits == 0]
+        assert packed.sparsity == sum(left_out) / channels
+    for run in weight.layout.runs:
+        if run.bits == 0:
+            assert bool((back.dequantize()[:, run.start : run.stop] == 0).all())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("density", [1.0, 0.3])
-def test_bytes_are_those_predicted(symmetric: bool, density: float) -> None:
-    layout = Layout(203, (16, 5, 5, 4, 3, 3, 1), 64)
-    weight = random_weight(layout, 50, symmetric=symmetric, density=density)
+@pytest.mark.parametrize("scale_bits", [4, 16])
+@pytest.mark.parametrize("widths", [(16, 5, 5, 4, 3, 3, 1), (16, 5, 0, 0, 3, 3, 1), (0,) * 7, (16,) * 7])
+def test_bytes_are_those_predicted(symmetric: bool, density: float, scale_bits: int, widths: tuple[int, ...]) -> None:
+    layout = Layout(203, widths, 64)
+    weight = random_weight(layout, 50, symmetric=symmetric, density=density, coded=scale_bits == 4)
     kept = weight.kept
     counts = None if kept is None else tuple(int(kept[:, run.start : run.stop].sum()) for run in layout.runs)
-    assert pack(weight).nbytes == stored_bytes(layout, 50, symmetric=symmetric, kept=counts).total
+    size = stored_bytes(layout, 50, symmetric=symmetric, scale_bits=scale_bits, kept=counts)
+    assert pack(weight).nbytes == size.total
+    assert weight.scales.nbytes == size.scales
+
+
+def test_a_left_out_weight_stores_its_widths_only() -> None:
+    packed = pack(random_weight(Layout(70, (0, 0, 0), 64), 5))
+    assert packed.nbytes == 3
+    assert torch.equal(unpack(packed).dequantize(), torch.zeros(5, 70))
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_rows_in_another_order(coded: bool, density: float) -> None:
+    weight = random_weight(Layout(128, (4, 0, 3, 3), 64), 45, coded=coded, density=density)
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(0))
+    moved = reordered_rows(pack(weight), order)
+    validate(moved)
+    assert torch.equal(unpack(moved).dequantize(), weight.dequantize()[order])
+    part = pack(weight.rows(slice(7, 20)))
+    validate(part)
+    assert torch.equal(unpack(part).dequantize(), weight.dequantize()[7:20])
 
 
 def test_dequantized_values_by_hand() -> None:
@@ -134,11 +197,62 @@ def test_tensors_that_do_not_fit_are_named(field: str, change) -> None:  # type:
         validate(dataclasses.replace(packed, **{field: change(getattr(packed, field))}))
 
 
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("codes", lambda t: t[:-1]),
+        ("codes", lambda t: t.view(-1, 4)),
+        ("codes", lambda t: t.long()),
+        ("row", lambda t: t.float()),
+        ("row", lambda t: t[:-8]),
+        ("row", lambda t: t[:0]),
+        ("row", lambda t: t[None]),
+        ("row", lambda t: t[0]),
+        ("row", torch.neg),
+        ("row", lambda t: t * float("inf")),
+        ("group", lambda t: t.float()),
+        ("group", lambda t: t[:-1]),
+        ("group", lambda t: t[:, None]),
+        ("group", torch.neg),
+        ("group", lambda t: t * float("nan")),
+    ],
+)
+def test_coded_scales_that_do_not_fit_are_named(field: str, change) -> None:  # type: ignore[no-untyped-def]
+    packed = pack(random_weight(Layout(128, (4, 4, 3, 3), 64), 40, coded=True))
+    validate(packed)
+    assert isinstance(packed.scales, CodedScales)
+    scales = dataclasses.replace(packed.scales, **{field: change(getattr(packed.scales, field))})
+    named = {"codes": "scale_codes", "row": "(row_scales|scale_codes|codes)", "group": "group_scales"}[field]
+    with pytest.raises(ValueError, match=f"Expected `{named}`"):
+        validate(dataclasses.replace(packed, scales=scales))
+
+
+def test_a_mask_that_keeps_what_is_left_out_is_refused() -> None:
+    packed = pack(random_weight(Layout(128, (4, 0, 3, 3), 64), 8, density=0.5))
+    assert packed.mask is not None
+    mask = packed.mask.clone()
+    mask[3, 1] = 1
+    with pytest.raises(ValueError, match="`mask` to keep nothing of the segments that are left out"):
+        validate(dataclasses.replace(packed, mask=mask))
+
+
+def test_parts_that_do_not_go_together_are_refused() -> None:
+    plain, coded = (pack(random_weight(Layout(64, (4, 4), 64), 8, coded=coded)) for coded in (False, True))
+    for parts in (coded.parts | {"group_scales": None}, plain.parts | {"scales": None}):
+        with pytest.raises(ValueError, match="Expected either `scales`, or"):
+            PackedWeight.of(parts, plain.layout)
+    both = coded.parts | {"scales": plain.parts["scales"]}
+    with pytest.raises(ValueError, match="there are both"):
+        PackedWeight.of(both, plain.layout)
+    with pytest.raises(ValueError, match="`codes` and `widths`"):
+        PackedWeight.of(plain.parts | {"widths": None}, plain.layout)
+
+
 @pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize("rows", [0, 7, 9])
 def test_other_rows_are_refused(density: float, rows: int) -> None:
     packed = pack(random_weight(Layout(128, (4, 4, 3, 3), 64), 8, density=density))
-    scales = torch.ones(rows, packed.scales.shape[1]).half()
+    scales = torch.ones(rows, len(packed.layout.grids)).half()
     with pytest.raises(ValueError, match=r"Expected `(scales|mask|codes)`"):
         validate(dataclasses.replace(packed, scales=scales))
 

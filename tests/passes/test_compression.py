@@ -19,6 +19,7 @@ from mpfx.passes import (
     Pack,
     PassError,
     PruneAndQuantize,
+    Reading,
     Scope,
     SolvedGroup,
     analysis,
@@ -349,7 +350,7 @@ def test_each_side_of_an_encoder_decoder_has_its_own_mask() -> None:
     batch["attention_mask"][:, 4:] = 0
     gm = run_passes(trace(model, (), batch), analysis())
     values = bind_inputs(gm, (), batch)
-    with torch.no_grad(), observed(gm, located(gm), lambda: padding_masks(values)) as seen:
+    with torch.no_grad(), observed(gm, located(gm), lambda: Reading(padding_masks(values))) as seen:
         gm(**values)
     tokens = {name: accumulator.tokens for name, accumulator in seen.items()}
     assert {n for name, n in tokens.items() if name.startswith("encoder.")} == {16}

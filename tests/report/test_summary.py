@@ -1,13 +1,25 @@
 """The report's table and JSON."""
 
+import importlib.util
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
-from mpfx.report import Report, SiteReport, peak_memory_bytes
+from mpfx.report import (
+    AllocationReport,
+    Line,
+    Report,
+    SiteReport,
+    markdown,
+    peak_memory_bytes,
+    plot_sizes,
+    table,
+)
 
 
 def report(fallback: str | None = None) -> Report:
@@ -70,3 +82,33 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     held = torch.ones(before // 4 + 2**24)  # as many bytes again, and a little
     assert peak_memory_bytes(torch.device("cpu")) >= before + 2**25
     del held
+
+
+def test_the_table_shows_gap_and_channels_left_out() -> None:
+    found = AllocationReport(
+        distortion=1.01, bound=1.0, gap=0.01, budget_bytes=1000, stored_bytes=999, left_out=64, channels=4096
+    )
+    text = printed(replace(report(), allocation=found))
+    assert "1.00%" in text
+    assert "64 of 4,096" in text
+    assert replace(report(), allocation=found).to_json()["allocation"]["gap"] == 0.01
+    assert "gap" not in printed(report())
+
+
+def test_rows_as_tables() -> None:
+    file = io.StringIO()
+    Console(file=file, width=80).print(table(["row", "n"], [["a", "1"], ["[b]", "2"]]))
+    assert "[b]" in file.getvalue()
+    lines = markdown(["row", "n"], [["a|b", "1\n2"]]).splitlines()
+    assert lines == ["| row | n |", "| --- | --- |", r"| a\|b | 1 2 |"]
+
+
+def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot_sizes([Line("a", [(3, 20.0), (2, 30.0)])], 10.0, tmp_path / "x.png") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    note = plot_sizes([], 10.0, tmp_path / "y.png")
+    assert note is not None
+    assert "mpfx[plots]" in note
+    assert not (tmp_path / "y.png").exists()

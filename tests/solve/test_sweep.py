@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from mpfx.nn import Layout, QuantizedWeight
+from mpfx.nn import CodedScales, Layout, QuantizedWeight, decoded, pack, unpack
 from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, sweep
 
 
@@ -28,13 +28,16 @@ def upper_of(h: Tensor) -> Tensor:
 def naive(weight: Tensor, h: Tensor, solved: QuantizedWeight) -> Tensor:
     """Remove one channel after the other from an explicit inverse, on the grids and mask that were chosen."""
     w, inverse = weight.double().numpy().copy(), np.linalg.inv(h.double().numpy())
-    grid = {c: g for g, group in enumerate(solved.layout.groups) for c in range(group.start, group.stop)}
+    grid = {c: g for g, group in enumerate(solved.layout.grids) for c in range(group.start, group.stop)}
+    scales = decoded(solved.scales, solved.layout).double().numpy()
     for j in range(w.shape[1]):
-        group = solved.layout.groups[grid[j]]
-        scale, zero = solved.scales[:, grid[j]].double().numpy(), np.full(len(w), 2.0 ** (group.bits - 1))
-        if solved.zeros is not None:
-            zero = solved.zeros[:, grid[j]].double().numpy()
-        q = (np.clip(np.round(w[:, j] / scale) + zero, 0, 2**group.bits - 1) - zero) * scale
+        q = np.zeros(len(w))
+        if j in grid:
+            bits, scale = solved.layout.grids[grid[j]].bits, scales[:, grid[j]]
+            zero = np.full(len(w), 2.0 ** (bits - 1))
+            if solved.zeros is not None:
+                zero = solved.zeros[:, grid[j]].double().numpy()
+            q = (np.clip(np.round(w[:, j] / scale) + zero, 0, 2**bits - 1) - zero) * scale
         if solved.kept is not None:
             q = np.where(solved.kept[:, j].numpy(), q, 0.0)
         w -= np.outer((w[:, j] - q) / inverse[j, j], inverse[j])
@@ -43,9 +46,17 @@ def naive(weight: Tensor, h: Tensor, solved: QuantizedWeight) -> Tensor:
     return torch.from_numpy(w)
 
 
-@pytest.mark.parametrize("widths", [(4, 4, 4), (8, 4, 2), (3, 3, 1)])
+CONFIGS = [
+    GridConfig(),
+    GridConfig(symmetric=True),
+    GridConfig(scale_bits=16),
+    GridConfig(group_size=None, scale_bits=16),
+]
+
+
+@pytest.mark.parametrize("widths", [(4, 4, 4), (8, 4, 2), (3, 3, 1), (4, 0, 3), (0, 3, 3)])
 @pytest.mark.parametrize("sparsity", [None, 0.5, "2:4"])
-@pytest.mark.parametrize("config", [GridConfig(), GridConfig(symmetric=True), GridConfig(group_size=None)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_agrees_with_naive_elimination(
     widths: tuple[int, ...], sparsity: float | str | None, config: GridConfig
 ) -> None:
@@ -60,7 +71,7 @@ def test_agrees_with_naive_elimination(
 
 def test_long_sweeps_carry_errors_across_panels() -> None:
     weight, h = problem(3, 300, seed=4)
-    solved = sweep(weight, upper_of(h), Layout(300, (4,) * 10), GridConfig(), Sparsity(0.5))
+    solved = sweep(weight, upper_of(h), Layout(300, (4, 4, 0, 0, *(4,) * 6)), GridConfig(), Sparsity(0.5))
     assert float((solved.dequantize().double() - naive(weight, h, solved)).abs().median()) < 1e-5
 
 
@@ -87,6 +98,97 @@ def test_pruned_first_channels_leave_the_exact_least_squares_solution() -> None:
     for row in range(4):
         best, *_ = np.linalg.lstsq(chol[:, 32:], chol @ weight[row].double().numpy(), rcond=None)
         np.testing.assert_allclose(solved.dequantize()[row, 32:].numpy(), best, rtol=2e-3, atol=2e-3)
+
+
+def test_left_out_channels_leave_the_exact_least_squares_solution() -> None:
+    """Leaving channels out is pruning them: channels kept raw take over what they can, to float16."""
+    weight, h = problem(6, 96, seed=1)
+    solved = sweep(weight, upper_of(h), Layout(96, (0, 16, 16)), GridConfig())
+    after = solved.dequantize().double()
+    assert torch.equal(after[:, :32], torch.zeros(6, 32, dtype=torch.float64))
+    gain = scipy.linalg.solve(h[32:, 32:].double().numpy(), h[32:, :32].double().numpy())
+    rest = weight[:, 32:].double() + weight[:, :32].double() @ torch.from_numpy(gain).t()
+    torch.testing.assert_close(after[:, 32:], rest, rtol=2e-3, atol=2e-3)
+    assert float((after[:, 32:] - weight[:, 32:]).abs().max()) > 0.1  # there was something to take over
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5, "2:4"])
+@pytest.mark.parametrize("scale_bits", [4, 16])
+def test_a_weight_that_is_left_out_as_a_whole(sparsity: float | str | None, scale_bits: int) -> None:
+    weight, h = problem(5, 80)
+    grid = GridConfig(scale_bits=scale_bits)
+    solved = sweep(weight, upper_of(h), Layout(80, (0, 0, 0)), grid, Sparsity.parse(sparsity))
+    back = unpack(pack(solved))
+    for part in (solved, back):
+        assert torch.equal(part.dequantize(), torch.zeros(5, 80))
+        assert part.kept is None or not bool(part.kept.any())
+    assert (solved.kept is None) == (sparsity is None)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+def test_masks_keep_nothing_of_what_is_left_out(sparsity: float | str) -> None:
+    weight, h = problem(5, 128)
+    pattern = Sparsity.parse(sparsity)
+    solved = sweep(weight, upper_of(h), Layout(128, (4, 0, 0, 4)), GridConfig(), pattern)
+    assert solved.kept is not None
+    assert not bool(solved.kept[:, 32:96].any())
+    for inside in (slice(0, 32), slice(96, 128)):
+        assert int((~solved.kept[:, inside]).sum()) == pattern.pruned(5, 32)
+    assert torch.equal(unpack(pack(solved)).dequantize(), solved.dequantize())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e3])
+def test_coded_scales_lose_next_to_nothing(bits: int, sparsity: float | None, symmetric: bool, scale: float) -> None:
+    weight, h = problem(64, 256, seed=bits)
+    weight *= scale * torch.linspace(-2, 2, 64).exp()[:, None] * torch.linspace(-1, 1, 256).exp()
+    layout, errors, sizes = Layout(256, (bits,) * 8), [], []
+    for scale_bits in (4, 16):
+        grid = GridConfig(scale_bits=scale_bits, symmetric=symmetric)
+        solved = sweep(weight, upper_of(h), layout, grid, Sparsity.parse(sparsity))
+        errors.append(layer_error(weight, solved.dequantize(), h))
+        sizes.append(solved.scales.nbytes)
+    assert errors[0] < 1.15 * errors[1]
+    assert sizes[0] == 4 * (64 * 4 // 8) + 2 * 64 + 2 * 4  # of four groups
+
+
+def test_coded_scales_have_room_for_what_compensation_adds() -> None:
+    weight, h = problem(16, 128, seed=3)
+    errors = [
+        layer_error(weight, sweep(weight, upper_of(h), Layout(128, (0, 8, 8, 8), 32), grid).dequantize(), h)
+        for grid in (GridConfig(group_size=32), GridConfig(group_size=32, scale_bits=16))
+    ]
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_groups_that_are_all_zero() -> None:
+    weight, h = problem(8, 128)
+    weight[:, 64:] = 0
+    weight[3] = 0
+    solved = sweep(weight, upper_of(h), Layout(128, (4,) * 4), GridConfig())
+    assert isinstance(solved.scales, CodedScales)
+    assert bool((solved.scales.row > 0).all())
+    assert bool((solved.scales.group > 0).all())
+    assert torch.equal(solved.dequantize()[3], torch.zeros(128))
+    error = layer_error(weight, solved.dequantize(), h)
+    assert error < 1.1 * layer_error(
+        weight, sweep(weight, upper_of(h), Layout(128, (4,) * 4), GridConfig(scale_bits=16)).dequantize(), h
+    )
+    nothing = sweep(weight * 0, upper_of(h), Layout(128, (4,) * 4), GridConfig())
+    assert torch.equal(nothing.dequantize(), torch.zeros(8, 128))
+
+
+@pytest.mark.parametrize(("value", "message"), [(1e7, "float16 scale"), (float("inf"), "scale"), (float("nan"), "NaN")])
+@pytest.mark.parametrize("scale_bits", [4, 16])
+def test_weights_that_no_grid_can_hold_are_refused(value: float, message: str, scale_bits: int) -> None:
+    weight, h = problem(8, 64)
+    for row in (slice(None), 5):
+        damaged = weight.clone()
+        damaged[row, 40] = value
+        with pytest.raises(ValueError, match=message):
+            sweep(damaged, upper_of(h), Layout(64, (4, 4)), GridConfig(scale_bits=scale_bits))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -146,7 +248,7 @@ def test_raw_channels_are_float16_values() -> None:
     solved = sweep(weight, upper_of(h), Layout(32, (16,)), GridConfig())
     assert torch.equal(solved.dequantize().half().float(), solved.dequantize())
     torch.testing.assert_close(solved.dequantize(), weight, rtol=2e-2, atol=2e-2)
-    assert solved.scales.shape == (4, 0)
+    assert decoded(solved.scales, solved.layout).shape == (4, 0)
 
 
 def test_layer_error_by_hand() -> None:

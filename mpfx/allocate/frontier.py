@@ -1,0 +1,199 @@
+"""The frontier: distortion against stored bytes, for every part of a model at every width.
+
+It is measured once; any budget is then solved from it in milliseconds, without the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mpfx.graph import PermutationFold
+from mpfx.nn.layout import RAW_BITS, SEGMENT, Layout, permutation_bytes, stored_bytes
+from mpfx.solve import GridConfig, Sparsity, prune_lowest, prune_n_of_m, round_nearest
+
+_MOST_ROWS = 1024  # enough to compare widths; a sample of the rows stands for all
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One way to store the weight of an input group: dense codes, or surviving codes under a bitmask.
+
+    Attributes:
+        sparsity: pattern.
+        stored: bytes of every unit of channels at every width, ``(units, widths)`` int64.
+        distortion: estimated increase of the loss, ``(units, widths)`` float64: ``sum (w - q)^2 / [U]_jj^2 / 2`` over
+            rows and channels, with the factor of the guided Hessian summed over tokens.
+        base: bytes whatever the widths: permutation, bases of the scales.
+    """
+
+    sparsity: Sparsity
+    stored: Tensor
+    distortion: Tensor
+    base: int
+
+
+@dataclass(frozen=True)
+class GroupFrontier:
+    """All ways to store the weight of one input group.
+
+    Attributes:
+        name: of the input group.
+        rows: output channels of every site, by module path.
+        order: channels in the order in which units are cut, ``(in,)`` int64.
+        unit: channels of a unit, a multiple of 32; the last may be smaller.
+        free: whether units may be rearranged; False where channels are confined to cells (attention heads).
+        fold: how the order is made by reordering rows elsewhere; None: it is stored, or natural.
+        curves: the first one is tried where nothing speaks for another.
+    """
+
+    name: str
+    rows: Mapping[str, int]
+    order: Tensor
+    unit: int
+    free: bool
+    fold: PermutationFold | None
+    curves: tuple[Curve, ...]
+
+    @property
+    def channels(self) -> int:
+        """Input channels."""
+        return len(self.order)
+
+    @property
+    def numel(self) -> int:
+        """Weights of all sites."""
+        return self.channels * sum(self.rows.values())
+
+    @property
+    def sizes(self) -> Tensor:
+        """Channels of every unit, ``(units,)``."""
+        return torch.tensor([len(part) for part in self.order.split(self.unit)])
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Of a whole model.
+
+    Attributes:
+        widths: bits of the columns of every curve, ascending; 0: left out.
+        grid: how scales are stored.
+        groups: in graph order.
+        activation_order: whether channels are swept by activation within a width.
+    """
+
+    widths: tuple[int, ...]
+    grid: GridConfig
+    groups: tuple[GroupFrontier, ...]
+    activation_order: bool = True
+
+
+def measure_curve(
+    weight: Tensor,
+    diagonal: Tensor,
+    unit: int,
+    widths: Sequence[int],
+    grid: GridConfig,
+    sparsity: Sparsity,
+) -> Tensor:
+    """Distortion of every unit of channels at every width, with the real quantizer.
+
+    Args:
+        weight: ``(rows, in)`` float32, channels in sweep order.
+        diagonal: of the upper factor U of the inverse Hessian, ``(in,)``, likewise.
+        unit: channels of a unit.
+        widths: to measure; 0: left out, 16: float16 values.
+        grid: how scales are fitted.
+        sparsity: pattern that is pruned first.
+
+    Returns:
+        ``(units, widths)`` float64.
+    """
+    step = -(-len(weight) // _MOST_ROWS)
+    sample = weight[::step]
+    cost = diagonal.double().pow(-2) * (len(weight) / len(sample) / 2)
+    pruned = _pruned(sample, diagonal, sparsity)
+    columns = []
+    for bits in widths:
+        layout = Layout(weight.shape[1], (bits,) * -(-weight.shape[1] // SEGMENT), grid.group_size)
+        change = round_nearest(sample, layout, grid, pruned) - sample
+        per_channel = change.square().sum(0, dtype=torch.float64) * cost
+        columns.append(torch.stack([part.sum() for part in per_channel.split(unit)]))
+    return torch.stack(columns, 1).cpu()
+
+
+def _pruned(weight: Tensor, diagonal: Tensor, sparsity: Sparsity) -> Tensor | None:
+    """The mask that a sweep would choose without compensation, ``(rows, in)``, True where pruned."""
+    if not sparsity:
+        return None
+    saliency = (weight / diagonal).square().t().contiguous()  # channels first
+    if sparsity.group_m:
+        return prune_n_of_m(saliency, sparsity).t()
+    panels = Layout(weight.shape[1], (RAW_BITS,) * -(-weight.shape[1] // SEGMENT)).panels
+    parts = [saliency[panel.start : panel.stop] for panel in panels]
+    return torch.cat([prune_lowest(part, sparsity.pruned(part.shape[1], len(part))) for part in parts]).t()
+
+
+def count_bytes(
+    rows: Sequence[int], sizes: Sequence[int], widths: Sequence[int], grid: GridConfig, sparsity: Sparsity
+) -> tuple[Tensor, int]:
+    """Bytes of every unit at every width, and those that do not depend on the widths.
+
+    Args:
+        rows: output channels of every site of the group.
+        sizes: channels of every unit.
+        widths: bits.
+        grid: how scales are stored.
+        sparsity: pattern; the surviving codes are counted on average.
+
+    Returns:
+        ``(units, widths)`` int64, and the bytes common to all.
+    """
+
+    def total(channels: int, bits: int) -> int:
+        layout = Layout(channels, (bits,) * -(-channels // SEGMENT), grid.group_size)
+        return sum(_site_bytes(layout, count, grid, sparsity) for count in rows)
+
+    whole = sizes[0]
+    base = 2 * total(whole, widths[0]) - total(2 * whole, widths[0])
+    table = {size: [total(whole + size, bits) - total(whole, bits) for bits in widths] for size in set(sizes)}
+    return torch.tensor([table[size] for size in sizes]), base
+
+
+def _site_bytes(layout: Layout, rows: int, grid: GridConfig, sparsity: Sparsity) -> int:
+    kept = None
+    if sparsity:
+        kept = tuple(
+            0 if run.bits == 0 else rows * run.channels - sparsity.pruned(rows, run.channels) for run in layout.runs
+        )
+    counted = stored_bytes(layout, rows, symmetric=grid.symmetric, scale_bits=grid.scale_bits, kept=kept)
+    return counted.total
+
+
+def with_curves(
+    draft: GroupFrontier,
+    frontier: Frontier,
+    sparsities: Sequence[Sparsity],
+    measured: tuple[Tensor, Tensor] | None,
+) -> GroupFrontier:
+    """Add the curves of one input group, one per pattern.
+
+    Args:
+        draft: the group without curves.
+        frontier: widths and grid.
+        sparsities: patterns to choose from.
+        measured: weight ``(rows, in)`` float32 of all sites and diagonal of the factor U ``(in,)``, channels in the
+            group's order; None: all distortions are zero, as where only sizes are to be checked.
+    """
+    sizes, curves = draft.sizes.tolist(), []
+    for sparsity in sparsities:
+        stored, base = count_bytes(list(draft.rows.values()), sizes, frontier.widths, frontier.grid, sparsity)
+        distortion = torch.zeros(stored.shape, dtype=torch.float64)
+        if measured is not None:
+            distortion = measure_curve(*measured, draft.unit, frontier.widths, frontier.grid, sparsity)
+        base += 0 if draft.fold is not None else permutation_bytes(draft.channels)
+        curves.append(Curve(sparsity, stored, distortion, base))
+    return replace(draft, curves=tuple(curves))

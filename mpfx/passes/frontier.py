@@ -1,0 +1,88 @@
+"""The frontier of a traced model: what every unit of channels costs at every width, and harms."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpfx.allocate import Frontier, GroupFrontier, block_means, confined_order, is_free, with_curves
+from mpfx.graph import InputGroup, PermutationFold, traced_module
+from mpfx.nn.layout import SEGMENT
+from mpfx.passes.config import CompressionConfig
+from mpfx.passes.locate import FOLD, annotations, naming_sites
+from mpfx.solve import factorise
+from mpfx.stats import Moments
+
+
+def stacked_weight(model: nn.Module, group: InputGroup) -> Tensor:
+    """The weights of all sites of a group one below the other, ``(rows, in)`` float32."""
+    return torch.cat([site.weight(model).detach().float() for site in group.sites])
+
+
+def measured_frontier(
+    gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, moments: Mapping[str, Moments]
+) -> Frontier:
+    """Measure the frontier of some input groups.
+
+    Args:
+        gm: traced, with folds located.
+        groups: that share one budget.
+        config: widths, grid, sparsity.
+        moments: of the dense model's inputs by name of the group; Hessians in units of the loss, or unguided.
+    """
+    empty = Frontier(config.widths, config.grid, (), config.activation_order)
+    return replace(empty, groups=tuple(_measured(gm, group, config, moments[group.name], empty) for group in groups))
+
+
+def _measured(
+    gm: fx.GraphModule, group: InputGroup, config: CompressionConfig, moments: Moments, empty: Frontier
+) -> GroupFrontier:
+    score = moments.hessian.diagonal()
+    draft = _draft(gm, group, config, score)
+    order = draft.order.to(score.device)
+    with naming_sites(group):
+        upper = factorise(moments.hessian[order][:, order], config.damping).upper
+    # Summed over tokens, not averaged: so that groups compare that saw different numbers of tokens (experts).
+    diagonal = upper.diagonal() * (2 / moments.tokens) ** 0.5
+    weight = stacked_weight(traced_module(gm), group)[:, order]
+    return with_curves(draft, empty, config.patterns, (weight, diagonal))
+
+
+def unmeasured_frontier(gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig) -> Frontier:
+    """The frontier with all distortions zero: sizes, limits and ties can be checked before anything is measured."""
+    empty = Frontier(config.widths, config.grid, (), config.activation_order)
+    drafts = [_draft(gm, group, config, torch.zeros(group.sites[0].in_features)) for group in groups]
+    return replace(empty, groups=tuple(with_curves(draft, empty, config.patterns, None) for draft in drafts))
+
+
+def _draft(gm: fx.GraphModule, group: InputGroup, config: CompressionConfig, score: Tensor) -> GroupFrontier:
+    fold, free = _fold(gm, group, config)
+    return GroupFrontier(
+        name=group.name,
+        rows={site.path: site.out_features for site in group.sites},
+        order=_order(score, config, fold, free).cpu(),
+        unit=config.grid.group_size or 2 * SEGMENT,
+        free=free,
+        fold=fold,
+        curves=(),
+    )
+
+
+def _fold(gm: fx.GraphModule, group: InputGroup, config: CompressionConfig) -> tuple[PermutationFold | None, bool]:
+    """How the group's channels can be reordered without a gather, and whether in any order."""
+    fold = annotations(gm, FOLD).get(group.name) if config.fold_permutations else None
+    if fold is not None and not is_free(fold) and config.grid.group_size is None:
+        fold = None  # row scales: one for every stretch of equal width, so these have to be long
+    return fold, fold is None or is_free(fold)
+
+
+def _order(score: Tensor, config: CompressionConfig, fold: PermutationFold | None, free: bool) -> Tensor:
+    """Channels in the order in which units are cut: by activation, those that n:m masks compare together."""
+    if config.pattern.group_m:
+        score = block_means(score.cpu(), config.pattern.group_m).to(score.device)
+    if fold is None or free:
+        return score.argsort(descending=True, stable=True)
+    if config.pattern.group_m:
+        return torch.arange(len(score), device=score.device)
+    return confined_order(fold, score)

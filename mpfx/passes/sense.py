@@ -1,0 +1,214 @@
+"""Sensitivities of the loss: a backward pass over the calibration batches, weights frozen."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpfx.graph import InputGroup, traced_module
+from mpfx.passes.observe import Accumulators, Masks, Reading, argument, finalised, observed, token_weights
+from mpfx.stats import MomentAccumulator, Moments, Sensitivity
+
+_SHARE_OF_MEAN = 0.01
+"""An expert that the loss hardly saw counts at least so much of what its stack's experts count on average."""
+
+
+@dataclass
+class _Call:
+    """One reading of a group's input: the squared gradients at the outputs of its sites add up here."""
+
+    x: Tensor
+    squares: Tensor
+    heard: bool
+
+
+class Sensing:
+    """Gathers sensitivities, and the Hessians that they weigh ("guided" ones), batch by batch.
+
+    Every site's output is made to require a gradient, so nothing else has to: parameters are frozen meanwhile, and
+    the model may be checkpointed. Experts in one parameter, whose outputs nobody hands over, are judged by the
+    gradient of their weights: ``|dL/dW_e|^2`` over the squares of what expert e read estimates the squared gradient at
+    its outputs.
+
+    Args:
+        gm: traced module.
+        groups: to gather for.
+    """
+
+    def __init__(self, gm: fx.GraphModule, groups: Sequence[InputGroup]) -> None:
+        self._gm = gm
+        self._linear = [group for group in groups if group.sites[0].stack is None]
+        self._experts = [group for group in groups if group.sites[0].stack is not None]
+        self._moments: Accumulators = {}
+        self._expert_moments: Accumulators = {}
+        self._batches: dict[str, list[list[Tensor]]] = {group.name: [] for group in self._linear}
+        self._gradients: dict[str, float] = defaultdict(float)
+        self._weigh = token_weights(gm, groups)
+
+    def batch(self, loss: Callable[[], Tensor], masks: Masks) -> None:
+        """Run one batch forward and backward.
+
+        Args:
+            loss: runs the model and returns a differentiable scalar.
+            masks: padding of the batch.
+
+        Raises:
+            ValueError: if the loss cannot be differentiated.
+        """
+        calls: dict[str, list[_Call]] = {group.name: [] for group in self._linear}
+        with torch.inference_mode(False), torch.enable_grad(), self._hooked(calls, masks):
+            value = loss()
+            _check_loss(value)
+            before = {name: len(found) for name, found in calls.items()}
+            value.backward()
+        for name, found in calls.items():
+            # Checkpoints run parts again during the backward pass, some of them beside the graph.
+            real = [call for index, call in enumerate(found) if index < before[name] or call.heard]
+            for call in real:
+                self._add(name, call, masks)
+            self._batches[name].append([call.squares.cpu() for call in real])
+
+    def finalise(self) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
+        """Hand over the guided moments and the sensitivities by name of the group; keeps none, as they are large.
+
+        The moments' Hessians are in units of the loss: ``2/n sum_t c_t x_t x_t^T`` with c the mean squared gradient.
+        """
+        moments = {g.name: m for g, m, _ in finalised(self._moments, self._linear) if m is not None}
+        moments.update(self._finalised_experts())
+        found = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
+        self._batches.clear()
+        return moments, found
+
+    def _add(self, name: str, call: _Call, masks: Masks) -> None:
+        if name not in self._moments:
+            self._moments[name] = MomentAccumulator(call.x.shape[-1], call.x.device)
+        with torch.autocast(call.x.device.type, enabled=False):
+            self._moments[name].update(call.x, self._weigh(name, call.x, masks, call.squares))
+
+    def _finalised_experts(self) -> dict[str, Moments]:
+        moments = {g.name: m for g, m, _ in finalised(self._expert_moments, self._experts) if m is not None}
+        means: dict[str, float] = {}
+        for group in self._experts:
+            if group.name in moments:
+                site, seen = group.sites[0], moments[group.name]
+                squares = float(seen.mean_square.double().sum()) * seen.tokens
+                means[group.name] = self._gradients[site.path] / max(squares * site.out_features, 1e-300)
+        stacks: dict[Any, list[float]] = defaultdict(list)
+        for group in self._experts:
+            stacks[group.sites[0].stack].append(means.get(group.name, 0.0))
+        for group in self._experts:
+            if group.name in moments:
+                others = stacks[group.sites[0].stack]
+                mean = max(means[group.name], _SHARE_OF_MEAN * sum(others) / len(others))
+                moments[group.name] = replace(moments[group.name], hessian=moments[group.name].hessian * mean)
+        return moments
+
+    @contextmanager
+    def _hooked(self, calls: dict[str, list[_Call]], masks: Masks) -> Iterator[None]:
+        model = traced_module(self._gm)
+        with ExitStack() as stack:
+            stack.enter_context(_frozen(model))
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):  # what reentrant checkpoints ask for
+                    stack.callback(module.register_forward_hook(_requiring_gradient).remove)
+            for group in self._linear:
+                rows = sum(site.out_features for site in group.sites)
+                for site in group.sites:
+                    hook = _site_hook(calls[group.name], rows)
+                    module = model.get_submodule(site.path)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            if self._experts:
+                seen = stack.enter_context(observed(self._gm, self._experts, lambda: Reading(masks)))
+                stack.callback(self._merge_experts, seen)
+                self._listen_to_experts(model, stack)
+            yield
+
+    def _merge_experts(self, seen: Accumulators) -> None:
+        for name, accumulator in seen.items():
+            if name in self._expert_moments:
+                self._expert_moments[name].merge(accumulator)
+            else:
+                self._expert_moments[name] = accumulator
+
+    def _listen_to_experts(self, model: nn.Module, stack: ExitStack) -> None:
+        parameters = {id(s.parameter(model)): s.parameter(model) for g in self._experts for s in g.sites}
+        sites = [site for group in self._experts for site in group.sites]
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            for site in sites:
+                if site.parameter(model) is parameter:
+                    self._gradients[site.path] += float(parameter.grad[site.index].double().square().sum())
+            parameter.grad = None
+
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+
+
+def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
+    """A forward hook of one site: its k-th call takes part in the k-th reading of its group."""
+    count = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
+        nonlocal count
+        if not torch.is_grad_enabled():  # a checkpoint's first run
+            return None
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        if count == len(calls):
+            x = argument(args, kwargs).detach()
+            calls.append(_Call(x, x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32), False))
+        call = calls[count]
+        count += 1
+
+        def take(gradient: Tensor) -> None:
+            call.squares += gradient.flatten(0, -2).float().square().sum(-1) / rows
+            call.heard = True
+
+        output.register_hook(take)
+        return output
+
+    return hook
+
+
+def _requiring_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+
+
+def _check_loss(value: Any) -> None:
+    if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
+        return
+    found = type(value).__name__
+    if isinstance(value, Tensor):
+        found = f"a tensor of shape {tuple(value.shape)} that {'does' if value.requires_grad else 'does not'} depend"
+        found += " on the outputs of the sites in a differentiable way"
+    raise ValueError(
+        "Expected a differentiable scalar loss, whose gradient says what the model's outputs mean to it, but got "
+        f"{found}: return the loss from `validation_step`, hand a function over as `ModelCompression(..., loss=...)`, "
+        "or set `guidance: 0` to compress without it."
+    )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter gathers a gradient; buffers made in inference mode are replaced by such that autograd may save."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    grads = [(p, p.grad) for p in model.parameters()]
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        model.requires_grad_(False)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for parameter, grad in grads:
+            parameter.grad = grad

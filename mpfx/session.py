@@ -1,0 +1,263 @@
+"""A model and its texts, loaded once: measured, calibrated once, and compressed in as many ways as wanted."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from torch import fx
+
+from mpfx.allocate import Domain
+from mpfx.callbacks import ModelCalibration
+from mpfx.config import RunConfig, TrainerConfig
+from mpfx.graph import trace
+from mpfx.hub.source import Source, load_model
+from mpfx.lm import CausalLM, EvaluationData, TextDataModule, make_trainer
+from mpfx.lm import evaluate as validate
+from mpfx.lm.module import model_inputs
+from mpfx.lm.text import parse_source
+from mpfx.passes import (
+    ALLOCATIONS,
+    Calibration,
+    CompressionConfig,
+    SolvedGroup,
+    analysis,
+    check_feasible,
+    compress_calibrated,
+    run_passes,
+)
+from mpfx.passes.allocate import domains
+from mpfx.report import AllocationReport, SiteReport
+
+SHARED = ("model", "calibration", "evaluation", "trainer", "trust_remote_code", "scope", "passes", "strict")
+"""Fields in which the configs of one session have to be alike: they make the calibration what it is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way to compress, measured.
+
+    Attributes:
+        perplexity: by name of the text.
+        bits_per_weight: stored, everything counted.
+        code_bits: average nominal width.
+        sparsity: share pruned.
+        allocation: with allocation `optimal`, else None.
+        seconds: by stage.
+    """
+
+    perplexity: Mapping[str, float]
+    bits_per_weight: float
+    code_bits: float
+    sparsity: float
+    allocation: AllocationReport | None
+    seconds: Mapping[str, float]
+
+
+class Session:
+    """A dense model with its texts.
+
+    Args:
+        config: model, texts, device, scope; what else it says is up to :meth:`run`.
+        also: further texts to measure on.
+
+    Attributes:
+        seconds: by stage.
+        dense: perplexity of the dense model by name of the text, once measured.
+
+    Raises:
+        ValueError: for a model or text that cannot be had.
+        FileNotFoundError: likewise.
+    """
+
+    def __init__(self, config: RunConfig, *, also: Sequence[EvaluationData] = ()) -> None:
+        self.config = config
+        self.seconds: dict[str, float] = {}
+        self.dense: dict[str, float] = {}
+        self.trainer = trainer_of(config.trainer, config.progress)
+        with measured(self.seconds, "load"), status(f"loading {config.model} and text", config.progress):
+            self.source = load_model(config.model, trust_remote_code=config.trust_remote_code)
+            self.source.model.eval()
+            self.data = TextDataModule(self.source.tokenizer, config.calibration, config.evaluation)
+            lengths = {"calibration": config.calibration.length, "evaluation": config.evaluation.length}
+            check_length(self.source, **lengths)
+            self.data.setup("validate")
+            self._texts = {config.evaluation.data: self.data, **dict(self._further(also))}
+        self.module = CausalLM(self.source.model)
+        self._calibration: Calibration | None = None
+
+    def _further(self, also: Sequence[EvaluationData]) -> Iterator[tuple[str, TextDataModule]]:
+        calibration, seen = parse_source(self.config.calibration.data), [self.config.evaluation.data]
+        for text in also:
+            if text.data in seen:
+                raise ValueError(f"Expected each text to measure on once but {text.data!r} is named twice.")
+            seen.append(text.data)
+            if calibration.kind != "pydocs" and calibration.same_text(parse_source(text.data)):
+                raise ValueError(f"Expected another text to measure on than {text.data!r}, which is calibrated on.")
+            check_length(self.source, also=text.length)
+            data = TextDataModule(self.source.tokenizer, evaluation=text)
+            data.setup("validate")
+            yield text.data, data
+
+    def problems(self, configs: Sequence[CompressionConfig]) -> list[str | None]:
+        """Tell, before any work, why each of these configs cannot be done; None where nothing speaks against it.
+
+        Raises:
+            TraceError: if the model cannot be traced, as `strict` asks for.
+            PassError: if nothing is left to compress, or a pattern of the scope matches nothing.
+        """
+        with measured(self.seconds, "load"):
+            # The callback traces again, on the device and in the precision of the Trainer.
+            inputs = model_inputs(self.source.model, next(iter(self.data.calibration_dataloader())))
+            gm = trace(self.source.model, (), inputs, whole=self.config.strict)
+            gm = run_passes(gm, analysis(self.config.scope))
+            return [self._problem(gm, config) for config in configs]
+
+    def _problem(self, gm: fx.GraphModule, config: CompressionConfig) -> str | None:
+        for name in SHARED:
+            ours = getattr(self.config, name)
+            if (theirs := getattr(config, name, ours)) != ours:
+                return f"Expected `{name}` to be {ours} in all runs of one session but got {theirs}."
+        try:
+            check_feasible(gm, config)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def check(self, *configs: CompressionConfig) -> None:
+        """Refuse what :meth:`problems` speaks against.
+
+        Raises:
+            ValueError: if a budget is infeasible, or a config differs where all of a session have to be alike.
+        """
+        for problem in filter(None, self.problems(configs)):
+            raise ValueError(problem)
+
+    def measure(self) -> dict[str, float]:
+        """Perplexity of the model as it is, by name of the text."""
+        with measured(self.seconds, "evaluate"):
+            return {
+                name: validate(self.trainer, self.module, data.val_dataloader())["perplexity"]
+                for name, data in self._texts.items()
+            }
+
+    def loop(self, callback: Callback) -> None:
+        """Run the calibration data through the model, watched by a callback."""
+        config = self.config
+        validate(trainer_of(config.trainer, config.progress, callback), self.module, self.data.calibration_dataloader())
+
+    def calibrate(self, configs: Sequence[CompressionConfig]) -> None:
+        """Measure the dense model and gather, in one loop, all that these configs need; :meth:`check` them before."""
+        self.dense = self.measure()
+        callback = ModelCalibration(*configs, module="model")
+        with measured(self.seconds, "calibrate"):
+            self.loop(callback)
+        self._calibration = callback.calibration
+
+    def run(self, config: CompressionConfig) -> Result:
+        """Compress, measure, and make the model dense again, bit for bit.
+
+        Args:
+            config: one of those that were calibrated for, or one that needs no more than they.
+
+        Raises:
+            RuntimeError: if nothing was calibrated.
+            PassError: naming the pass that failed; the model is dense then.
+        """
+        if self._calibration is None:
+            raise RuntimeError("Expected a calibrated session: call `calibrate` first.")
+        device = self.trainer.strategy.root_device
+        self.module.to(device)  # a Trainer takes it back to the host
+        before = self.seconds.get("evaluate", 0.0)
+        with ExitStack() as way_back:
+            with torch.inference_mode(False), status("compressing", self.config.progress) as shown:
+                compressed = compress_calibrated(
+                    self._calibration,
+                    config,
+                    device=device,
+                    context=self.trainer.precision_plugin.forward_context,
+                    on_block=lambda name, share: None if shown is None else shown.update(f"{share:.0%} {name}"),
+                    way_back=way_back,
+                )
+            perplexity = self.measure()
+            return Result(
+                perplexity=perplexity,
+                **{name: value for name, value in sizes(compressed.solved).items() if name != "sites"},
+                allocation=allocation_report(compressed.graph_module, config),
+                seconds={**compressed.seconds, "evaluate": self.seconds["evaluate"] - before},
+            )
+
+
+def trainer_of(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Trainer:
+    """A Trainer for validation loops."""
+    return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress)
+
+
+def check_length(source: Source, **lengths: int) -> None:
+    """Refuse windows that are longer than the model's positions: they would fail, or mean nothing."""
+    most = getattr(source.model.config, "max_position_embeddings", None)
+    for name, length in lengths.items():
+        if most is not None and length > most:
+            raise ValueError(
+                f"Expected `{name}.length` of at most {most}, the positions of {source.name}, but got {length}."
+            )
+
+
+@contextmanager
+def measured(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time that the block takes."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def status(text: str, shown: bool) -> AbstractContextManager[Any]:
+    """Show a spinner while something runs that has no progress of its own."""
+    return Console(stderr=True).status(text) if shown else nullcontext()
+
+
+def sizes(solved: Sequence[SolvedGroup]) -> dict[str, Any]:
+    """Stored bits, code bits, sparsity, and the entry of every site."""
+    entries: list[SiteReport] = [entry for group in solved for entry in group.reports()]
+    numel = [group.plan.rows[path] * len(group.plan.bits) for group in solved for path in group.plan.rows]
+    total = sum(numel)
+    return {
+        "bits_per_weight": 8 * sum(group.stored_bytes for group in solved) / total,
+        "code_bits": sum(entry.code_bits * n for entry, n in zip(entries, numel, strict=True)) / total,
+        "sparsity": sum(entry.sparsity * n for entry, n in zip(entries, numel, strict=True)) / total,
+        "sites": entries,
+    }
+
+
+def measured_domains(gm: fx.GraphModule, config: CompressionConfig) -> list[Domain]:
+    """What allocation `optimal` measured, with the budgets; empty with any other."""
+    found = gm.meta.get(ALLOCATIONS, [])
+    targets = [target for target, _ in domains(gm, config)] if found else []
+    codes = config.code_bits is not None
+    return [Domain(f, t, codes, t != config.target) for (f, _), t in zip(found, targets, strict=True)]
+
+
+def allocation_report(gm: fx.GraphModule, config: CompressionConfig) -> AllocationReport | None:
+    """What allocation `optimal` found; None with any other."""
+    budgets, chosen = measured_domains(gm, config), [allocation for _, allocation in gm.meta.get(ALLOCATIONS, [])]
+    if not budgets:
+        return None
+    distortion, bound = sum(a.distortion for a in chosen), sum(a.bound for a in chosen)
+    plans = [plan for allocation in chosen for plan in allocation.plans]
+    patterns = {path: str(plan.sparsity) for plan in plans for path in plan.rows}
+    weights = [sum(group.numel for group in domain.frontier.groups) for domain in budgets]
+    allowed = sum(int(domain.target * numel / 8) for domain, numel in zip(budgets, weights, strict=True))
+    return AllocationReport(
+        distortion=distortion,
+        bound=bound,
+        gap=distortion / bound - 1 if bound > 0 else 0.0,
+        budget_bytes=allowed if config.code_bits is None else None,
+        stored_bytes=sum(allocation.stored_bytes for allocation in chosen),
+        left_out=sum(int((plan.bits == 0).sum()) for plan in plans),
+        channels=sum(len(plan.bits) for plan in plans),
+        sparsity=patterns if len(config.patterns) > 1 else {},
+    )

@@ -1,0 +1,141 @@
+"""Allocation `optimal` in a Trainer's loop: its own backward pass, its loss, its determinism."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpfx.callbacks import ModelCalibration, ModelCompression
+from mpfx.lm import CausalLM, make_trainer, quiet_lightning
+from mpfx.passes import ALLOCATIONS, CompressionConfig
+
+Batches = list[dict[str, Tensor]]
+Validate = Callable[..., None]
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, returns: str = "loss") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 4))
+        self.returns = returns
+
+    def validation_step(self, batch: Tensor, index: int) -> Any:
+        loss = self.net(batch).square().mean()
+        self.log("loss", loss)
+        return {"loss": loss, "mapping": {"loss": loss}, "nothing": None, "detached": loss.detach()}[self.returns]
+
+
+def first_output(module: Any, batch: Tensor) -> Tensor:
+    loss: Tensor = module.net(batch)[:, 0].square().mean()
+    return loss
+
+
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(32, 64, generator=generator) for _ in range(3)]
+
+
+def kept_bytes(callback: ModelCompression) -> list[bytes]:
+    return [w.codes.numpy().tobytes() for group in callback.solved for w in group.weights.values()]
+
+
+def test_the_loop_keeps_its_own_results(llama: Any, batches: Batches) -> None:
+    def logged(*callbacks: Any) -> dict[str, float]:
+        with quiet_lightning():
+            trainer = make_trainer("cpu", 1, callbacks=callbacks, progress=False)
+            loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+            return dict(trainer.validate(CausalLM(copy.deepcopy(llama)), loader, verbose=False)[0])
+
+    with_guidance = logged(ModelCompression(CompressionConfig(bits_per_weight=4), module="model", progress=False))
+    assert with_guidance == logged()
+
+
+@pytest.mark.parametrize("returns", ["loss", "mapping"])
+def test_any_module_is_guided_by_the_loss_that_it_returns(validate: Validate, returns: str) -> None:
+    module = Regression(returns)
+    callback = ModelCompression(CompressionConfig(bits_per_weight=4.5), module="net")
+    validate(module, inputs(), callback)
+    assert callback.done
+    (_, chosen) = callback.graph_module.meta[ALLOCATIONS][0]  # type: ignore[union-attr]
+    assert chosen.distortion > 0
+
+
+@pytest.mark.parametrize("returns", ["nothing", "detached"])
+def test_a_loss_that_cannot_be_differentiated_names_the_ways_out(validate: Validate, returns: str) -> None:
+    module = Regression(returns)
+    before = copy.deepcopy(module.net)
+    with pytest.raises(ValueError, match=r"validation_step.*loss=.*`guidance: 0`"):
+        validate(module, inputs(), ModelCompression(CompressionConfig(bits_per_weight=4.5), module="net"))
+    assert all(torch.equal(a, b) for a, b in zip(module.net.parameters(), before.parameters(), strict=True))
+
+
+def test_a_users_function_takes_the_place_of_the_step(validate: Validate) -> None:
+    module = Regression("nothing")
+    callback = ModelCompression(CompressionConfig(bits_per_weight=4.5), module="net", loss=first_output)
+    validate(module, inputs(), callback)
+    assert callback.done
+
+
+def test_the_unguided_path_needs_no_loss(validate: Validate) -> None:
+    module = Regression("nothing")
+    callback = ModelCompression(CompressionConfig(bits_per_weight=4.5, guidance=0), module="net")
+    validate(module, inputs(), callback)
+    assert callback.done
+
+
+def test_sensitivity_decides_who_gets_the_bits(validate: Validate) -> None:
+    """Outputs 1 to 3 are not in the loss: their rows' sensitivity is zero, and halving a branch moves bits away."""
+
+    class Branches(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.left, self.right = nn.Linear(128, 64), nn.Linear(128, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.left(x[..., :128]) + 0.01 * self.right(x[..., 128:])
+            return out
+
+        def validation_step(self, batch: Tensor, index: int) -> Tensor:
+            loss: Tensor = self(batch).square().mean()
+            return loss
+
+    callback = ModelCompression(CompressionConfig(bits_per_weight=4.5, correction=0))
+    validate(Branches(), [torch.randn(64, 256) for _ in range(2)], callback)
+    bits = {group.plan.name: group.plan.code_bits for group in callback.solved}
+    assert bits["left"] > bits["right"] + 2
+
+
+def test_the_same_seed_gives_the_same_bytes_on_any_number_of_threads(
+    make_llama: Callable[..., Any], batches: Batches, validate: Validate
+) -> None:
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 2):
+        callback = ModelCompression(CompressionConfig(bits_per_weight=3.5), module="model")
+        try:
+            torch.set_num_threads(count)
+            validate(CausalLM(make_llama(num_hidden_layers=2)), batches, callback)
+        finally:
+            torch.set_num_threads(threads)
+        found.append(kept_bytes(callback))
+    assert found[0] == found[1] == found[2]
+
+
+def test_one_calibration_serves_many_configs(llama: Any, batches: Batches, validate: Validate) -> None:
+    configs = CompressionConfig(bits_per_weight=4), CompressionConfig(bits_per_weight=4.36, allocation="budget")
+    calibrate = ModelCalibration(*configs, module="model")
+    validate(CausalLM(llama), batches, calibrate)
+    assert calibrate.calibration is not None
+    plain, guided = calibrate.calibration.moments, calibrate.calibration.guided
+    assert plain.keys() == guided.keys()
+    name = next(iter(plain))
+    assert torch.allclose(plain[name].mean_abs, guided[name].mean_abs, rtol=1e-4, atol=1e-6) or (
+        plain[name].tokens != guided[name].tokens
+    )
+    assert not torch.allclose(plain[name].hessian, guided[name].hessian, rtol=1e-2)
