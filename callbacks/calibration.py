@@ -116,7 +116,8 @@ class ModelCalibration(Callback):
         configs: what will be done: one or more, alike in scope, grid and passes.
         module: path of the submodule to compress; "" for the LightningModule itself.
         loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
-            (itself, or under "loss").
+            (itself, or under "loss"). A step that does more than that, such as collecting results, needs it: the step
+            runs twice.
 
     Attributes:
         calibration: what was gathered, once the loop has ended.
@@ -129,6 +130,8 @@ class ModelCalibration(Callback):
         self.calibration: Calibration | None = None
         self._recorder: CallRecorder | None = None
         self._sensing: Sensing | None = None
+        self._random: list[Tensor] = []
+        self._sensed = 0
         self._way_back = ExitStack()  # of the user's own passes
         self._started = 0.0
 
@@ -150,6 +153,19 @@ class ModelCalibration(Callback):
         self._started = time.perf_counter()
 
     @override
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._recorder is not None:
+            self._random = [torch.get_rng_state()]
+            self._random += torch.cuda.get_rng_state_all() if pl_module.device.type == "cuda" else []
+
+    @override
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -163,23 +179,32 @@ class ModelCalibration(Callback):
             return
         with torch.inference_mode(False):
             batch = pytree.tree_map_only(Tensor, torch.clone, batch)
+        several = len(trainer.num_val_batches) > 1
+        indices = (batch_idx, dataloader_idx) if several else (batch_idx,)
         samples = next((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
 
         def loss() -> Tensor:
             with trainer.precision_plugin.forward_context():
-                value = self._loss(pl_module, batch, batch_idx)
+                value = self._loss(pl_module, batch, *indices)
             # A mean over fewer samples would count each of them more.
             return value * (samples * _LOSS_SCALE) if isinstance(value, Tensor) else value
 
+        calls = len(self._recorder.calls) - self._sensed
+        if calls != 1:
+            raise ValueError(
+                f"Expected one call of module {self.module!r} a batch, whose tokens the loss can be traced back to, "
+                f"but `validation_step` made {calls}: set `guidance: 0`."
+            )
+        self._sensed += 1
         started, masks = time.perf_counter(), self._recorder.reading.masks
-        with self._recorder.paused(), undisturbed(pl_module):
-            self._sensing.batch(loss, masks)
+        with self._recorder.paused(), undisturbed(pl_module), replayed(self._random):
+            self._sensing.batch(loss, masks, pl_module)
         self.seconds["sense"] = self.seconds.get("sense", 0.0) + time.perf_counter() - started
 
-    def _loss(self, pl_module: pl.LightningModule, batch: Any, index: int) -> Any:
+    def _loss(self, pl_module: pl.LightningModule, batch: Any, *indices: int) -> Any:
         if self.loss is not None:
             return self.loss(pl_module, batch)
-        step = pl_module.validation_step(batch, index)
+        step = pl_module.validation_step(batch, *indices)
         return step.get("loss") if isinstance(step, Mapping) else step
 
     @override
@@ -254,6 +279,16 @@ class ModelCalibration(Callback):
             self._sensing = Sensing(gm, located(gm))
         plain = any(c.measured and not c.power for c in self.configs)
         return gm, located(gm) if plain else []
+
+
+@contextmanager
+def replayed(states: list[Tensor]) -> Iterator[None]:
+    """Inside, random numbers are those that came after some state of the generators; these go on as if nothing was."""
+    with torch.random.fork_rng(devices=range(len(states) - 1)):
+        torch.set_rng_state(states[0])
+        for device, state in enumerate(states[1:]):
+            torch.cuda.set_rng_state(state, device)
+        yield
 
 
 @contextmanager

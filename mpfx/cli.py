@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run ``mpfx``; returns the exit status: 0, or 2 for input that was refused."""
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["bench"] and not any(word.split("=")[0] == "--config" for word in given):
-        given += ["--config", QUALITY_CONFIG]
+        given[1:1] = ["--config", QUALITY_CONFIG]  # first, so that all other options overrule it
     top = parser(given[0] if given and given[0] in _COMMANDS else None)
     options = top.parse_args(given)
     command = _COMMANDS[options.command]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mpfx.bench import QUALITY
 from mpfx.cli import parser
-from mpfx.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,18 +41,28 @@ def test_code_runs(code: str, tmp_path: Path) -> None:
 
 
 def rows() -> list[list[str]]:
-    return [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in README.splitlines() if "| `--" in line]
+    names = {row.name for row in QUALITY}
+    cells = [
+        [cell.strip(" *") for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 7
+    ]
+    return [row for row in cells if row[0] in names]
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row[-1])
-def test_every_row_of_the_table_has_a_command_that_parses(row: list[str]) -> None:
-    (base,) = [b for b in blocks("sh") if "wikitext2.yaml" in b]
-    options = shlex.split(base)[1:] + shlex.split(row[-1].strip("`"))
-    parsed = parser().parse_args([str(ROOT / o) if o.startswith("configs/") else o for o in options]).compress
-    size = {"bits_per_weight": parsed.bits_per_weight, "code_bits": parsed.code_bits}
-    config = RunConfig(**size, sparsity=parsed.sparsity, allocation=parsed.allocation)
-    if config.bits_per_weight is not None:
-        assert float(row[1]) <= config.bits_per_weight
-    if config.pattern:
-        assert row[0].startswith(("half", "2:4"))
-    assert float(row[4]) == pytest.approx(float(row[3]) / 31.78, abs=2e-3)
+def test_the_table_holds_rows_of_the_benchmark() -> None:
+    dense = float(re.search(r"dense model (\d+\.\d+)", README)[1])  # type: ignore[index]
+    found = rows()
+    assert len(found) >= 12
+    gptq = {row[0]: float(row[2]) for row in found if row[0].startswith("GPTQ")}
+    for name, bits, perplexity, ratio, share, _ in found:
+        assert float(ratio) == pytest.approx(float(perplexity) / dense, abs=1e-3), name
+        if share and not name.startswith("GPTQ"):
+            harm = gptq["GPTQ 4" if float(bits) > 4 else "GPTQ 3"] - dense
+            assert float(share) == pytest.approx((float(perplexity) - dense) / harm, abs=2e-3), name
+
+
+@pytest.mark.parametrize(
+    "command", [line for block in blocks("sh")[2:] for line in block.splitlines() if line.startswith("mpfx")]
+)
+def test_every_command_parses(command: str) -> None:
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in shlex.split(command)[1:]]
+    parser(words[0]).parse_args(words)

@@ -84,7 +84,14 @@ class Allocation:
         return self.distortion / self.bound - 1 if self.bound > 0 else 0.0
 
 
-def choose(frontier: Frontier, target: float, config: OptimalConfig, *, code_bits: bool = False) -> Allocation:
+def choose(
+    frontier: Frontier,
+    target: float,
+    config: OptimalConfig,
+    *,
+    code_bits: bool = False,
+    known: Sequence[str] | None = None,
+) -> Allocation:
     """Solve a budget over all groups of a frontier.
 
     Args:
@@ -92,11 +99,14 @@ def choose(frontier: Frontier, target: float, config: OptimalConfig, *, code_bit
         target: stored bits per weight, never exceeded.
         config: constraints.
         code_bits: the target is the average nominal width of the codes instead.
+        known: paths of all sites of the model, which patterns may match; None: those of the frontier.
 
     Raises:
         ValueError: if the budget is infeasible, naming the feasible range, or a pattern matches nothing.
     """
-    problem = _Problem(frontier, config, code_bits)
+    if not 0 <= target < float("inf"):
+        raise ValueError(f"Expected a budget of finite bits but got {target}.")
+    problem = _Problem(frontier, config, code_bits, known)
     numel = sum(group.numel for group in frontier.groups)
     scale = 1 if code_bits else 8
     fewest, most = feasible_range(problem.modes)
@@ -130,9 +140,11 @@ def _up(bits: float) -> str:
 class _Problem:
     """The knapsack behind a frontier: groups that are tied are one, units of a uniform group are one."""
 
-    def __init__(self, frontier: Frontier, config: OptimalConfig, code_bits: bool) -> None:
+    def __init__(
+        self, frontier: Frontier, config: OptimalConfig, code_bits: bool, known: Sequence[str] | None = None
+    ) -> None:
         self.frontier, self.config = frontier, config
-        _check_patterns(config, frontier)
+        _check_patterns(config, [path for group in frontier.groups for path in group.rows] if known is None else known)
         self.members = list(_tied(frontier.groups, config.ties))
         _check_ties(self.members, config)
         self.modes = [self._modes(groups, code_bits) for groups in self.members]
@@ -235,8 +247,7 @@ def _check_ties(members: Iterable[Sequence[GroupFrontier]], config: OptimalConfi
             )
 
 
-def _check_patterns(config: OptimalConfig, frontier: Frontier) -> None:
-    paths = [path for group in frontier.groups for path in group.rows]
+def _check_patterns(config: OptimalConfig, paths: Sequence[str]) -> None:
     named = [("limits", limit.pattern) for limit in config.limits]
     named += [("ties", pattern) for tie in config.ties for pattern in tie]
     for name, pattern in named:

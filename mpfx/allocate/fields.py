@@ -1,7 +1,7 @@
 """JSON files that may come from anywhere, read field by field; and files that are written at once or not at all."""
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,7 +84,7 @@ class Fields:
     def number(self, name: str) -> float:
         """A finite number above 0."""
         value = self.take(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.wrong(name, "a finite number above 0", value)
         return float(value)
 

@@ -157,6 +157,8 @@ def count_bytes(
         layout = Layout(channels, (bits,) * -(-channels // SEGMENT), grid.group_size)
         return sum(_site_bytes(layout, count, grid, sparsity) for count in rows)
 
+    if len(sizes) == 1:  # nothing to tell a unit from the rest by
+        return torch.tensor([[total(sizes[0], bits) for bits in widths]]), 0
     whole = sizes[0]
     base = 2 * total(whole, widths[0]) - total(2 * whole, widths[0])
     table = {size: [total(whole + size, bits) - total(whole, bits) for bits in widths] for size in set(sizes)}
@@ -186,12 +188,12 @@ def with_curves(
         frontier: widths and grid.
         sparsities: patterns to choose from.
         measured: weight ``(rows, in)`` float32 of all sites and diagonal of the factor U ``(in,)``, channels in the
-            group's order; None: all distortions are zero, as where only sizes are to be checked.
+            group's order; None: distortions are made up, as where only sizes are to be checked.
     """
     sizes, curves = draft.sizes.tolist(), []
     for sparsity in sparsities:
         stored, base = count_bytes(list(draft.rows.values()), sizes, frontier.widths, frontier.grid, sparsity)
-        distortion = torch.zeros(stored.shape, dtype=torch.float64)
+        distortion = torch.tensor([4.0**-bits for bits in frontier.widths], dtype=torch.float64).expand(stored.shape)
         if measured is not None:
             distortion = measure_curve(*measured, draft.unit, frontier.widths, frontier.grid, sparsity)
         base += 0 if draft.fold is not None else permutation_bytes(draft.channels)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.allocate import (
+    Allocation,
+    Frontier,
     GroupPlan,
     block_means,
     budget,
@@ -76,7 +78,7 @@ class Allocate(Pass):
         for target, groups in domains(gm, self.config):
             if self.config.allocation == "optimal":
                 frontier = measured_frontier(gm, groups, self.config, self.moments)
-                chosen = choose(frontier, target, self.config.optimal, code_bits=self.config.code_bits is not None)
+                chosen = _chosen(gm, frontier, target, self.config)
                 plans.update({plan.name: plan for plan in chosen.plans})
                 gm.meta[ALLOCATIONS].append((frontier, chosen))
                 continue
@@ -119,6 +121,11 @@ def _drafts(
     return [Draft(config, group, scores.get(group.name), folds.get(group.name)) for group in groups]
 
 
+def _chosen(gm: fx.GraphModule, frontier: Frontier, target: float, config: CompressionConfig) -> Allocation:
+    known = [site.path for group in located(gm) for site in group.sites]
+    return choose(frontier, target, config.optimal, code_bits=config.code_bits is not None, known=known)
+
+
 def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
     """Refuse a stored budget that no plan can keep, and patterns that match no block, before any work is done.
 
@@ -128,9 +135,7 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
     shared = domains(gm, config)
     if config.allocation == "optimal":
         for target, groups in shared:
-            choose(
-                unmeasured_frontier(gm, groups, config), target, config.optimal, code_bits=config.code_bits is not None
-            )
+            _chosen(gm, unmeasured_frontier(gm, groups, config), target, config)
         return
     if config.code_bits is not None or config.allocation not in ("fixed", "budget"):
         return

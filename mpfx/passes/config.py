@@ -129,7 +129,7 @@ class CompressionConfig:
                 f"{list(self.tiers.widths)} with allocation budget but got {bits}; one width for all, or 16 to prune "
                 "only, is allocation fixed."
             )
-        elif self.allocation == "optimal" and bits != RAW_BITS and not self.widths[0] <= bits <= self.widths[-1]:
+        elif self.allocation == "optimal" and not self.widths[0] <= bits <= self.widths[-1]:
             raise ValueError(
                 f"Expected `{name}` to lie between the least and the largest of `optimal.widths` {list(self.widths)}, "
                 f"or to be 16 (prune only), but got {bits}."

@@ -46,11 +46,14 @@ def _measured(
     # Summed over tokens, not averaged: so that groups compare that saw different numbers of tokens (experts).
     diagonal = upper.diagonal() * (2 / moments.tokens) ** 0.5
     weight = stacked_weight(traced_module(gm), group)[:, order]
+    if not config.power:  # without the loss, errors of different layers compare only relative to their outputs
+        output = ((weight @ moments.hessian[order][:, order]) * weight).sum(dtype=torch.float64) * (moments.tokens / 4)
+        diagonal = diagonal * float(output.clamp(min=1e-30).sqrt())
     return with_curves(draft, empty, config.patterns, (weight, diagonal))
 
 
 def unmeasured_frontier(gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig) -> Frontier:
-    """The frontier with all distortions zero: sizes, limits and ties can be checked before anything is measured."""
+    """The frontier with made-up distortions: sizes, limits and ties can be checked before anything is measured."""
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
     drafts = [_draft(gm, group, config, torch.zeros(group.sites[0].in_features)) for group in groups]
     return replace(empty, groups=tuple(with_curves(draft, empty, config.patterns, None) for draft in drafts))

@@ -16,6 +16,9 @@ from mpfx.stats import MomentAccumulator, Moments, Sensitivity
 _SHARE_OF_MEAN = 0.01
 """An expert that the loss hardly saw counts at least so much of what its stack's experts count on average."""
 
+_TINY = 1e-30
+"""Stands for a gradient of zero."""
+
 
 @dataclass
 class _Call:
@@ -49,18 +52,19 @@ class Sensing:
         self._gradients: dict[str, float] = defaultdict(float)
         self._weigh = token_weights(gm, groups)
 
-    def batch(self, loss: Callable[[], Tensor], masks: Masks) -> None:
+    def batch(self, loss: Callable[[], Tensor], masks: Masks, root: nn.Module | None = None) -> None:
         """Run one batch forward and backward.
 
         Args:
             loss: runs the model and returns a differentiable scalar.
             masks: padding of the batch.
+            root: what the loss runs, if it is more than the traced module: its parameters gather no gradient.
 
         Raises:
             ValueError: if the loss cannot be differentiated.
         """
         calls: dict[str, list[_Call]] = {group.name: [] for group in self._linear}
-        with torch.inference_mode(False), torch.enable_grad(), self._hooked(calls, masks):
+        with torch.inference_mode(False), torch.enable_grad(), self._hooked(calls, masks, root):
             value = loss()
             _check_loss(value)
             before = {name: len(found) for name, found in calls.items()}
@@ -71,6 +75,7 @@ class Sensing:
             for call in real:
                 self._add(name, call, masks)
             self._batches[name].append([call.squares.cpu() for call in real])
+            found.clear()  # a step that keeps its loss keeps the hooks too: not the inputs
 
     def finalise(self) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
         """Hand over the guided moments and the sensitivities by name of the group; keeps none, as they are large.
@@ -81,21 +86,29 @@ class Sensing:
         moments.update(self._finalised_experts())
         found = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
+        if idle := [name for name, sensitivity in found.items() if not sensitivity.mean > 0]:
+            raise ValueError(
+                f"the loss does not depend on what sites {idle[:8]} put out, so nobody can tell how few bits they can "
+                "do with: leave them dense (`scope.exclude`), hand over a loss that depends on them, or set "
+                "`guidance: 0`."
+            )
         return moments, found
 
     def _add(self, name: str, call: _Call, masks: Masks) -> None:
         if name not in self._moments:
             self._moments[name] = MomentAccumulator(call.x.shape[-1], call.x.device)
         with torch.autocast(call.x.device.type, enabled=False):
-            self._moments[name].update(call.x, self._weigh(name, call.x, masks, call.squares))
+            # Tokens without a gradient count as tokens, only padding does not.
+            self._moments[name].update(call.x, self._weigh(name, call.x, masks, call.squares.clamp(min=_TINY)))
 
     def _finalised_experts(self) -> dict[str, Moments]:
+        seen = {name: accumulator.tokens for name, accumulator in self._expert_moments.items()}
         moments = {g.name: m for g, m, _ in finalised(self._expert_moments, self._experts) if m is not None}
         means: dict[str, float] = {}
         for group in self._experts:
             if group.name in moments:
-                site, seen = group.sites[0], moments[group.name]
-                squares = float(seen.mean_square.double().sum()) * seen.tokens
+                site, read = group.sites[0], moments[group.name]
+                squares = float(read.mean_square.double().sum()) * read.tokens
                 means[group.name] = self._gradients[site.path] / max(squares * site.out_features, 1e-300)
         stacks: dict[Any, list[float]] = defaultdict(list)
         for group in self._experts:
@@ -104,14 +117,16 @@ class Sensing:
             if group.name in moments:
                 others = stacks[group.sites[0].stack]
                 mean = max(means[group.name], _SHARE_OF_MEAN * sum(others) / len(others))
+                if group.name not in seen:  # it takes the statistics of all experts, but not their weight
+                    mean /= len(others)
                 moments[group.name] = replace(moments[group.name], hessian=moments[group.name].hessian * mean)
         return moments
 
     @contextmanager
-    def _hooked(self, calls: dict[str, list[_Call]], masks: Masks) -> Iterator[None]:
+    def _hooked(self, calls: dict[str, list[_Call]], masks: Masks, root: nn.Module | None) -> Iterator[None]:
         model = traced_module(self._gm)
         with ExitStack() as stack:
-            stack.enter_context(_frozen(model))
+            stack.enter_context(_frozen(model if root is None else root))
             for module in model.modules():
                 if isinstance(module, nn.Embedding):  # what reentrant checkpoints ask for
                     stack.callback(module.register_forward_hook(_requiring_gradient).remove)
@@ -159,7 +174,7 @@ def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
         if not torch.is_grad_enabled():  # a checkpoint's first run
             return None
         if not output.requires_grad:
-            output = output.detach().requires_grad_()
+            output = output.detach().requires_grad_().clone()  # a leaf could not be written to in place
         if count == len(calls):
             x = argument(args, kwargs).detach()
             calls.append(_Call(x, x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32), False))
@@ -177,7 +192,7 @@ def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
 
 
 def _requiring_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_().clone()
 
 
 def _check_loss(value: Any) -> None:

@@ -180,6 +180,9 @@ class PruneAndQuantize(Pass):
             raise ValueError("Expected planned sites: run Allocate before.")
         if not self.batches:
             raise ValueError("Expected at least one calibration batch but got none.")
+        lacking = [g.name for g in located(gm) if g.sites[0].stack is None and g.name not in self.sensitivities]
+        if self.config.guidance and lacking:
+            raise ValueError(f"Expected sensitivities of every input group with guidance but {lacking[:5]} have none.")
 
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:

@@ -72,13 +72,14 @@ def test_one_validation_loop_compresses(llama: Any, batches: Batches, validate: 
 
 def test_equals_the_passes_called_by_hand(llama: Any, batches: Batches, validate: Validate) -> None:
     from mpfx.graph import bind_inputs, trace
-    from mpfx.passes import Allocate, FoldPermutations, Pack, PruneAndQuantize, Scope, analysis, run_passes
+    from mpfx.passes import Allocate, FoldPermutations, Pack, PruneAndQuantize, Scope, SolveConfig, analysis, run_passes
 
     config, twin = CompressionConfig(code_bits=3, sparsity=0.25, allocation="fixed"), copy.deepcopy(llama)
     validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
     gm = trace(twin, (), {**batches[0], "use_cache": False})
     values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
-    passes = [*analysis(Scope()), Allocate(config, {}), PruneAndQuantize(values), Pack(), FoldPermutations()]
+    solve = PruneAndQuantize(values, SolveConfig(refine=config.refine))
+    passes = [*analysis(Scope()), Allocate(config, {}), solve, Pack(), FoldPermutations()]
     run_passes(gm, passes)
     for (name, ours), theirs in zip(llama.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -101,7 +102,7 @@ def test_precision_plugins(llama: Any, batches: Batches, validate: Validate, pre
     assert len(packed(llama)) == 21
     validate(module, batches[:2], precision=precision)
     site = llama.model.layers[0].mlp.up_proj
-    assert site.scales.dtype == torch.float16
+    assert site.row_scales.dtype == torch.float16
     errors = [entry.relative_error for group in callback.solved for entry in group.reports()]
     assert max(errors) < 0.05
 

@@ -12,16 +12,23 @@ from mpfx.passes import CompressionConfig
     [
         ({}, "exactly one of `bits_per_weight`"),
         ({"bits_per_weight": 4.0, "code_bits": 4}, r"both \(4.0 and 4\)"),
-        ({"bits_per_weight": 2.2}, r"`bits_per_weight` to be stored bits from 2\.281 .*got 2\.2"),
-        ({"bits_per_weight": 1.2, "allocation": "fixed"}, r"from 1\.266"),
+        ({"bits_per_weight": 2, "allocation": "budget"}, r"`bits_per_weight` to be stored bits from 2\.094 .*got 2"),
+        ({"bits_per_weight": 1.0, "allocation": "fixed"}, r"from 1\.078"),
+        ({"code_bits": 4, "guidance": 1.5}, "`guidance` to lie between 0 and 1"),
+        ({"code_bits": 4, "correction": -0.5}, "`correction` to lie between 0 and 1"),
+        ({"code_bits": 4, "refine": -1}, "`refine` of 0 or more"),
+        ({"code_bits": 4, "sparsity": "auto"}, "`bits_per_weight` with sparsity auto"),
+        ({"bits_per_weight": 4, "sparsity": "auto", "allocation": "budget"}, "allocation optimal"),
+        ({"code_bits": 4, "block_bits": {"a": 16}}, "`optimal.widths`"),
         ({"bits_per_weight": 2.2, "allocation": "fixed", "block_bits": {"a": 1.0}}, r"`block_bits\.a`"),
         ({"bits_per_weight": 64}, "to 32 but got 64"),
         ({"code_bits": 3.5, "allocation": "fixed"}, "allocation budget"),
         ({"code_bits": 9, "allocation": "fixed"}, "whole number from 1 to 8"),
-        ({"code_bits": 16, "sparsity": 0.5}, "allocation fixed"),
+        ({"code_bits": 16, "sparsity": 0.5, "allocation": "budget"}, "allocation fixed"),
+        ({"code_bits": 12, "sparsity": 0.5}, "16 .prune only."),
         ({"code_bits": 1.5, "allocation": "budget"}, "tiers.widths"),
         ({"code_bits": 0, "allocation": "quantile"}, "above 0"),
-        ({"code_bits": 4, "allocation": "best"}, "`allocation` to be fixed"),
+        ({"code_bits": 4, "allocation": "best"}, "`allocation` to be optimal, fixed"),
         ({"code_bits": 4, "sparsity": 1.5}, "`sparsity`"),
         ({"code_bits": 4, "damping": 0.0}, "`damping`"),
         ({"code_bits": 4, "order": "random"}, "`order`"),
@@ -47,8 +54,19 @@ def test_what_no_weight_can_do_without() -> None:
     from mpfx.solve import GridConfig
 
     huge = 1 << 12
-    for fields, bits in (({"allocation": "fixed"}, 1), ({}, 2), ({"grid": GridConfig(symmetric=True)}, 2)):
-        config = CompressionConfig(bits_per_weight=8, **fields)
-        size = stored_bytes(Layout(huge, (bits,) * (huge // 32)), huge, symmetric=config.grid.symmetric)
-        assert config.least_bits_per_weight == pytest.approx(8 * size.total / huge**2, rel=1e-4)
-    assert CompressionConfig(bits_per_weight=8, sparsity=0.5).least_bits_per_weight == 2 * 0.5 + 1 + 18 / 64
+    for grid in (GridConfig(), GridConfig(scale_bits=16), GridConfig(symmetric=True)):
+        config, layout = CompressionConfig(bits_per_weight=8, allocation="fixed", grid=grid), Layout(huge, (1,) * 128)
+        size = stored_bytes(layout, huge, symmetric=grid.symmetric, scale_bits=grid.scale_bits)
+        assert config.least_bits_per_weight == pytest.approx(8 * size.total / huge**2, rel=6e-3)  # bases are shared
+        assert config.least_bits_per_weight <= 8 * size.total / huge**2
+    budget = CompressionConfig(bits_per_weight=8, sparsity=0.5, allocation="budget")
+    assert budget.least_bits_per_weight == 2 * 0.5 + 1 + 6 / 64
+    assert CompressionConfig(bits_per_weight=8).least_bits_per_weight == 0  # channels may be left out
+
+
+def test_optimal_is_guided_and_corrected_unless_told_otherwise() -> None:
+    default, classic = CompressionConfig(bits_per_weight=4), CompressionConfig(code_bits=4, allocation="fixed")
+    assert (default.allocation, default.power, default.corrected, default.scaled) == ("optimal", 0.5, 0.5, False)
+    assert (classic.power, classic.corrected, classic.scaled) == (0, 0, True)
+    assert CompressionConfig(bits_per_weight=4, guidance=0).scaled
+    assert CompressionConfig(code_bits=16, sparsity=0.5).widths == (16,)
