@@ -16,7 +16,7 @@ from mpfx.passes import CompressionConfig, LocateSites
 from tests.zoo import FAMILIES, Sample, build
 
 # Two to six bits by importance, 3.9 on average.
-CONFIG = CompressionConfig(code_bits=3.9, tiers=TierConfig(widths=(2, 3, 4, 5, 6)))
+CONFIG = CompressionConfig(code_bits=3.9, allocation="budget", tiers=TierConfig(widths=(2, 3, 4, 5, 6)))
 
 
 class Runs(pl.LightningModule):
