@@ -15,6 +15,7 @@ from mpfx.passes import (
     PruneAndQuantize,
     SolveConfig,
     analysis,
+    located,
     run_passes,
     solve_group,
     solved_groups,
@@ -124,6 +125,6 @@ def test_sensitivities_of_other_calls_are_refused() -> None:
     gm = run_passes(mpfx.trace(net, (x,)), analysis())
     batch = bind_inputs(gm, (x,))
     plan = CompressionConfig(code_bits=3, allocation="fixed")
-    wrong = {"0.up": Sensitivity.of([[torch.ones(63)]])}
+    wrong = {group.name: Sensitivity.of([[torch.ones(63)]]) for group in located(gm)}
     with pytest.raises(Exception, match=r"reads 64 tokens, but sensitivities were gathered for 63.*`guidance: 0`"):
         run_passes(gm, [Allocate(plan, {}), PruneAndQuantize([batch], SolveConfig(guidance=0.5), wrong)])

@@ -154,7 +154,7 @@ def test_a_scaled_model_is_compressed_on_the_whole_way(llama: Any, batches: Batc
     from mpfx.lm import CausalLM
 
     dense = copy.deepcopy(llama)(**batches[0]).logits.detach()
-    callback = ModelCompression(CompressionConfig(bits_per_weight=6), module="model")
+    callback = ModelCompression(CompressionConfig(bits_per_weight=6, allocation="budget"), module="model")
     validate(CausalLM(llama), batches, callback)
     assert {"scale", "fold"} <= callback.seconds.keys()
     after = llama(**batches[0]).logits.detach()
