@@ -236,9 +236,9 @@ def sizes(solved: Sequence[SolvedGroup]) -> dict[str, Any]:
 def measured_domains(gm: fx.GraphModule, config: CompressionConfig) -> list[Domain]:
     """What allocation `optimal` measured, with the budgets; empty with any other."""
     found = gm.meta.get(ALLOCATIONS, [])
-    targets = [target for target, _ in domains(gm, config)] if found else []
+    budgets = domains(gm, config) if found else []
     codes = config.code_bits is not None
-    return [Domain(f, t, codes, t != config.target) for (f, _), t in zip(found, targets, strict=True)]
+    return [Domain(f, target, codes, own) for (f, _), (target, _, own) in zip(found, budgets, strict=True)]
 
 
 def allocation_report(gm: fx.GraphModule, config: CompressionConfig) -> AllocationReport | None:

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
-from mpfx.allocate.choose import Allocation, OptimalConfig, _Problem, choose
+from mpfx.allocate.choose import Allocation, OptimalConfig, choose, feasible_bits
 from mpfx.allocate.frontier import Frontier
-from mpfx.allocate.optimal import feasible_range
 from mpfx.allocate.plan import GroupPlan
 from mpfx.allocate.storage import Domain
 from mpfx.nn.layout import permutation_bytes
@@ -42,7 +40,7 @@ class Answer:
         target: what was asked for.
         bits_per_weight: stored bits, everything counted.
         code_bits: average nominal width of the codes.
-        distortion: estimated increase of the loss, in a unit of its own.
+        distortion: estimated increase of the loss, up to a factor that the whole model shares.
         bound: no plan within the budgets has less.
         stored_bytes: of all plans.
         feasible: least bits of use and the most, in the unit of the target, of the groups that share it.
@@ -80,15 +78,15 @@ def answer(
         ValueError: if the budget is infeasible, or a constraint matches nothing.
     """
     config = replace(OptimalConfig(), widths=domains[0].frontier.widths) if config is None else config
-    _check_patterns(domains, config)
+    known = [path for domain in domains for group in domain.frontier.groups for path in group.rows]
     chosen: list[Allocation] = []
     ranges: list[tuple[float, float]] = []
     for domain in domains:
-        frontier, here = _narrowed(domain.frontier, config.widths), _matching(domain.frontier, config)
+        frontier = _narrowed(domain.frontier, config.widths)
         bits, codes = (domain.target, domain.code_bits) if domain.own else (target, code_bits)
-        chosen.append(choose(frontier, bits, here, code_bits=codes))
+        chosen.append(choose(frontier, bits, config, code_bits=codes, known=known))
         if not domain.own:
-            ranges.append(feasible_bits(frontier, here, code_bits=code_bits))
+            ranges.append(feasible_bits(frontier, config, code_bits=code_bits, known=known))
     plans = tuple(plan for allocation in chosen for plan in allocation.plans)
     numel = sum(plan.numel for plan in plans)
     stored = sum(allocation.stored_bytes for allocation in chosen)
@@ -103,13 +101,6 @@ def answer(
         feasible=(max(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else (target, target),
         kinds=kinds(plans),
     )
-
-
-def feasible_bits(frontier: Frontier, config: OptimalConfig, *, code_bits: bool = False) -> tuple[float, float]:
-    """The fewest bits possible, and those beyond which more buy nothing."""
-    fewest, most = feasible_range(_Problem(frontier, config, code_bits).modes)
-    scale = (1 if code_bits else 8) / sum(group.numel for group in frontier.groups)
-    return fewest * scale, most * scale
 
 
 def kinds(plans: Iterable[GroupPlan]) -> tuple[Kind, ...]:
@@ -152,20 +143,3 @@ def _narrowed(frontier: Frontier, widths: Sequence[int]) -> Frontier:
         ]
         groups.append(replace(group, curves=tuple(curves)))
     return replace(frontier, widths=tuple(frontier.widths[i] for i in columns), groups=tuple(groups))
-
-
-def _check_patterns(domains: Sequence[Domain], config: OptimalConfig) -> None:
-    """Every constraint has to match somewhere in the model, if not in every domain."""
-    whole = replace(domains[0].frontier, groups=tuple(g for domain in domains for g in domain.frontier.groups))
-    _Problem(whole, config, False)
-
-
-def _matching(frontier: Frontier, config: OptimalConfig) -> OptimalConfig:
-    """The constraints that match groups of this frontier."""
-    paths = [path for group in frontier.groups for path in group.rows]
-
-    def hits(pattern: str) -> bool:
-        return any(fnmatchcase(path, pattern) for path in paths)
-
-    ties = tuple(tie for tie in (tuple(filter(hits, tie)) for tie in config.ties) if tie)
-    return replace(config, limits=tuple(limit for limit in config.limits if hits(limit.pattern)), ties=ties)

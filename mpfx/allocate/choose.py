@@ -68,7 +68,7 @@ class Allocation:
 
     Attributes:
         plans: in the order of the frontier's groups.
-        distortion: estimated increase of the loss, in its own unit.
+        distortion: estimated increase of the loss, up to a factor that the whole model shares.
         bound: no plan within the budget has less.
         stored_bytes: of all plans.
     """
@@ -131,6 +131,15 @@ def choose(
             f"{target:g}."
         )
     return Allocation(plans, solution.distortion, solution.bound, stored)
+
+
+def feasible_bits(
+    frontier: Frontier, config: OptimalConfig, *, code_bits: bool = False, known: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """The fewest bits possible, and those beyond which more buy nothing; arguments as of :func:`choose`."""
+    fewest, most = feasible_range(_Problem(frontier, config, code_bits, known).modes)
+    scale = (1 if code_bits else 8) / sum(group.numel for group in frontier.groups)
+    return fewest * scale, most * scale
 
 
 def _up(bits: float) -> str:

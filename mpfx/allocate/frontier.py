@@ -25,7 +25,8 @@ class Curve:
     Attributes:
         sparsity: pattern.
         stored: bytes of every unit of channels at every width, ``(units, widths)`` int64.
-        distortion: estimated increase of the loss, ``(units, widths)`` float64: ``sum (w - q)^2 / [U]_jj^2 / 2`` over
+        distortion: estimated increase of the loss, up to a factor that the whole model shares, ``(units, widths)``
+            float64: ``sum (w - q)^2 / [U]_jj^2 / 2`` over
             rows and channels, with the factor of the guided Hessian summed over tokens.
         base: bytes whatever the widths: permutation, bases of the scales.
     """

@@ -75,7 +75,7 @@ class Allocate(Pass):
         """Annotate."""
         plans: dict[str, GroupPlan] = {}
         gm.meta[ALLOCATIONS] = []
-        for target, groups in domains(gm, self.config):
+        for target, groups, _ in domains(gm, self.config):
             if self.config.allocation == "optimal":
                 frontier = measured_frontier(gm, groups, self.config, self.moments)
                 chosen = _chosen(gm, frontier, target, self.config)
@@ -93,7 +93,7 @@ class Allocate(Pass):
             return
         measure = stored_bits_per_weight if self.config.code_bits is None else code_bits_per_weight
         plans = annotations(gm, PLAN)
-        for target, groups in domains(gm, self.config):
+        for target, groups, _ in domains(gm, self.config):
             size = measure([plans[g.name] for g in groups])
             if size > target + 1e-9:
                 raise ValueError(f"the plan takes {size:.4f} bits per weight, above the {target:g} asked for.")
@@ -134,12 +134,12 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
     """
     shared = domains(gm, config)
     if config.allocation == "optimal":
-        for target, groups in shared:
+        for target, groups, _ in shared:
             _chosen(gm, unmeasured_frontier(gm, groups, config), target, config)
         return
     if config.code_bits is not None or config.allocation not in ("fixed", "budget"):
         return
-    for target, groups in shared:
+    for target, groups, _ in shared:
         widths = (*WIDTHS, RAW_BITS) if config.allocation == "fixed" else config.tiers.widths
         drafts = _drafts(gm, groups, config, {})
         least, most = (
@@ -154,8 +154,10 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
             )
 
 
-def domains(gm: fx.GraphModule, config: CompressionConfig) -> list[tuple[float, list[InputGroup]]]:
-    """Input groups that share one budget, with that budget; in graph order.
+def domains(gm: fx.GraphModule, config: CompressionConfig) -> list[tuple[float, list[InputGroup], bool]]:
+    """Input groups that share one budget, behind that budget and before whether it is one of ``block_bits``.
+
+    In graph order.
 
     Raises:
         ValueError: if a pattern of ``block_bits`` matches no block.
@@ -171,7 +173,10 @@ def domains(gm: fx.GraphModule, config: CompressionConfig) -> list[tuple[float, 
         name = "" if group.block is None else names[group.block]
         key = next((pattern for pattern in config.block_bits if fnmatchcase(name, pattern)), None)
         shared.setdefault(key, []).append(group)
-    return [(config.target if key is None else config.block_bits[key], members) for key, members in shared.items()]
+    return [
+        (config.target if key is None else config.block_bits[key], members, key is not None)
+        for key, members in shared.items()
+    ]
 
 
 class Draft:

@@ -202,7 +202,7 @@ class CompressionConfig:
     def scaled(self) -> bool:
         """Whether channels are scaled before rounding.
 
-        Measured (README): it helps rounding at every width; with a mask, whose choice it disturbs, it hurts, and with
+        Measured: it helps rounding at every width; with a mask, whose choice it disturbs, it hurts, and with
         guided Hessians it gains nothing more.
         """
         return not self.pattern and not self.power if self.fold_scales is None else self.fold_scales
@@ -211,7 +211,7 @@ class CompressionConfig:
     def activation_order(self) -> bool:
         """Whether the largest inputs are swept first within a width.
 
-        Measured (README): it helps rounding and unstructured masks; n:m masks, which choose among neighbours, it hurts.
+        Measured: it helps rounding and unstructured masks; n:m masks, which choose among neighbours, it hurts.
         """
         if self.order == "auto":
             return not self.pattern.group_m

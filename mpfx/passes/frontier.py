@@ -29,7 +29,7 @@ def measured_frontier(
         gm: traced, with folds located.
         groups: that share one budget.
         config: widths, grid, sparsity.
-        moments: of the dense model's inputs by name of the group; Hessians in units of the loss, or unguided.
+        moments: of the dense model's inputs by name of the group; Hessians guided by the loss, or not.
     """
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
     return replace(empty, groups=tuple(_measured(gm, group, config, moments[group.name], empty) for group in groups))

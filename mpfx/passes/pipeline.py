@@ -36,7 +36,7 @@ class Calibration:
         graph_module: traced and analysed.
         calls: inputs of every call, one dict a batch, on the host.
         moments: of the dense model's inputs, by name of the input group.
-        guided: the same with Hessians in units of the loss.
+        guided: the same with Hessians weighted by the sensitivity of the loss.
         sensitivities: of the loss, likewise.
     """
 

@@ -80,7 +80,7 @@ class Sensing:
     def finalise(self) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
         """Hand over the guided moments and the sensitivities by name of the group; keeps none, as they are large.
 
-        The moments' Hessians are in units of the loss: ``2/n sum_t c_t x_t x_t^T`` with c the mean squared gradient.
+        The moments' Hessians are ``2/n sum_t c_t x_t x_t^T`` with c the mean squared gradient of the loss as given.
         """
         moments = {g.name: m for g, m, _ in finalised(self._moments, self._linear) if m is not None}
         moments.update(self._finalised_experts())
@@ -162,6 +162,7 @@ class Sensing:
 
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+            parameter.grad = None  # what the user has there is back when all is done
             stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
 
 

@@ -182,7 +182,10 @@ class PruneAndQuantize(Pass):
             raise ValueError("Expected at least one calibration batch but got none.")
         lacking = [g.name for g in located(gm) if g.sites[0].stack is None and g.name not in self.sensitivities]
         if self.config.guidance and lacking:
-            raise ValueError(f"Expected sensitivities of every input group with guidance but {lacking[:5]} have none.")
+            raise ValueError(
+                f"Expected sensitivities of every input group with guidance but {lacking[:5]} have none: "
+                "gather them in calibration (`guidance` above 0 there too), or set `guidance: 0`."
+            )
 
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:

@@ -40,7 +40,7 @@ class AllocationReport:
     """What allocation `optimal` found.
 
     Attributes:
-        distortion: estimated increase of the loss, in a unit of its own.
+        distortion: estimated increase of the loss, up to a factor that the whole model shares.
         bound: no plan within the budget has less.
         gap: how far the distortion may be from the best possible, relative to it.
         budget_bytes: that the plans had to keep; None where the code bits were given.

@@ -203,3 +203,20 @@ def test_random_steps_draw_the_same_numbers_again(validate: Validate) -> None:
     assert len(module.seen) == 6
     assert all(torch.equal(a, b) for a, b in zip(module.seen[::2], module.seen[1::2], strict=True))
     assert not torch.equal(module.seen[0], module.seen[2])
+
+
+def test_limits_and_budgets_of_blocks_go_together(llama: Any, batches: Batches, validate: Validate) -> None:
+    from mpfx.allocate import OptimalConfig, WidthLimit
+
+    config = CompressionConfig(
+        bits_per_weight=4,
+        block_bits={"model.layers.0": 6},
+        optimal=OptimalConfig(limits=(WidthLimit(pattern="model.layers.2.*", most=3),)),
+    )
+    callback = ModelCompression(config, module="model")
+    validate(CausalLM(llama), batches, callback)
+    bits = {group.plan.name: group.plan for group in callback.solved}
+    assert all(int(plan.bits.max()) <= 3 for name, plan in bits.items() if name.startswith("model.layers.2"))
+    first = [plan for name, plan in bits.items() if name.startswith("model.layers.0")]
+    size = 8 * sum(plan.stored_bytes() for plan in first) / sum(plan.numel for plan in first)
+    assert 5 < size <= 6
