@@ -63,6 +63,8 @@ QUALITY: tuple[BenchRow, ...] = (
     BenchRow("order natural", {"order": "natural"}),
     BenchRow("damping 0.1", {"damping": 0.1}),
     BenchRow("uniform", {"optimal.uniform": True}),
+    BenchRow("five signals, fitted", {"distortion": "signals"}),
+    BenchRow("five signals, fitted, guidance 0", {"distortion": "signals", "guidance": 0.0}),
     BenchRow("founding budget", {"allocation": "budget"}),
     BenchRow("founding threshold", {"allocation": "threshold", "code_bits": 4}, sized=False),
     BenchRow("founding quantile", {"allocation": "quantile", "code_bits": 4}, sized=False),

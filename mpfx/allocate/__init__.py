@@ -2,8 +2,9 @@
 
 from mpfx.allocate.answer import Answer, Kind, answer
 from mpfx.allocate.choose import Allocation, OptimalConfig, WidthLimit, choose
+from mpfx.allocate.fit import SignalFit, fit_signals
 from mpfx.allocate.frontier import Curve, Frontier, GroupFrontier, with_curves
-from mpfx.allocate.importance import ImportanceConfig, block_means, importance, signals
+from mpfx.allocate.importance import ImportanceConfig, block_means, importance, raw_signals, signals
 from mpfx.allocate.plan import GroupPlan, code_bits_per_weight, confined_order, is_free, stored_bits_per_weight
 from mpfx.allocate.planfile import PLAN_FILE, PlanEntry, load_plan, save_plan
 from mpfx.allocate.scaling import ChannelScales, search_scales
@@ -24,6 +25,7 @@ __all__ = [
     "Kind",
     "OptimalConfig",
     "PlanEntry",
+    "SignalFit",
     "ThresholdConfig",
     "TierConfig",
     "WidthLimit",
@@ -33,12 +35,14 @@ __all__ = [
     "choose",
     "code_bits_per_weight",
     "confined_order",
+    "fit_signals",
     "fixed",
     "importance",
     "is_free",
     "load_frontier",
     "load_plan",
     "quantile",
+    "raw_signals",
     "remove_frontier",
     "save_frontier",
     "save_plan",

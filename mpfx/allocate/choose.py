@@ -13,7 +13,7 @@ from torch import Tensor
 from mpfx.allocate.frontier import Curve, Frontier, GroupFrontier
 from mpfx.allocate.optimal import Mode, Solution, feasible_range, optimal
 from mpfx.allocate.plan import GroupPlan
-from mpfx.nn.layout import LAYOUT_WIDTHS, SEGMENT
+from mpfx.nn.layout import LAYOUT_WIDTHS, SEGMENT, permutation_bytes
 
 _MOST_CORRECTIONS = 20
 
@@ -167,8 +167,21 @@ class _Problem:
         barred = ~np.logical_and.reduce([self._allowed(group) for group in groups])
         harm = np.sum(distortion, axis=0)
         harm[:, barred] = np.inf
-        base = 0 if code_bits else sum(curve.base for curve in curves)
+        base = (
+            0
+            if code_bits
+            else sum(curve.base - self._saved(group) for group, curve in zip(groups, curves, strict=True))
+        )
         return Mode(np.sum(stored, axis=0), harm, base)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether all channels stay as the model itself has them."""
+        return self.config.uniform and not self.frontier.activation_order
+
+    def _saved(self, group: GroupFrontier) -> int:
+        """Bytes of the permutation that the curve of a group counts and its plan does without."""
+        return permutation_bytes(group.channels) if self._plain and group.fold is None else 0
 
     def _table(self, group: GroupFrontier, curve: Curve, code_bits: bool) -> tuple[np.ndarray, np.ndarray]:
         stored = curve.stored
@@ -202,8 +215,11 @@ class _Problem:
         return tuple(found[group.name] for group in self.frontier.groups)
 
     def _plan(self, group: GroupFrontier, curve: Curve, bits: Tensor) -> GroupPlan:
-        natural = not self.frontier.activation_order
-        order = _arranged(group, bits, natural) if group.free else group.order
+        order: Tensor | None = group.order
+        if self._plain:
+            order = None
+        elif group.free:
+            order = _arranged(group, bits, natural=not self.frontier.activation_order)
         of_channels = torch.empty(group.channels, dtype=torch.uint8)
         of_channels[group.order] = bits.repeat_interleave(group.sizes).to(torch.uint8)
         return GroupPlan(

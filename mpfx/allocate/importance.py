@@ -38,10 +38,7 @@ class ImportanceConfig:
 def signals(weight: Tensor, moments: Moments, inverse_diagonal: Tensor) -> dict[str, Tensor]:
     """Compute the five signals, each divided by its mean over the channels.
 
-    Without that the sum would be decided by whichever signal has the largest unit. The second one is the
-    *reciprocal* of diag(H^-1): a large entry of the inverse marks a channel that is cheap to change (``w^2 /
-    [H^-1]_jj`` is what pruning it costs), so the entry itself, as the founding text wrote it, ranks the channels
-    upside down.
+    Without that the sum would be decided by whichever signal has the largest unit.
 
     Args:
         weight: ``(out, in)``, the rows of all sites that read the input.
@@ -51,15 +48,25 @@ def signals(weight: Tensor, moments: Moments, inverse_diagonal: Tensor) -> dict[
     Returns:
         By name, ``(in,)`` each, with mean 1 (all zeros where the signal is zero everywhere).
     """
+    raw = raw_signals(weight, moments, inverse_diagonal)
+    return {name: signal / signal.mean().clamp(min=torch.finfo(torch.float32).tiny) for name, signal in raw.items()}
+
+
+def raw_signals(weight: Tensor, moments: Moments, inverse_diagonal: Tensor) -> dict[str, Tensor]:
+    """The five signals in units of their own, comparable between inputs; arguments as of :func:`signals`.
+
+    The second one is the *reciprocal* of diag(H^-1): a large entry of the inverse marks a channel that is cheap to
+    change (``w^2 / [H^-1]_jj`` is what pruning it costs), so the entry itself, as the founding text wrote it, ranks
+    the channels upside down.
+    """
     mean_square = weight.square().mean(0)
-    raw = {
+    return {
         "activation": moments.mean_abs,
         "hessian": 1 / inverse_diagonal,
         "weight": weight.abs().mean(0),
         "output": (mean_square * moments.mean_square).sqrt(),
         "stability": moments.variance,
     }
-    return {name: signal / signal.mean().clamp(min=torch.finfo(torch.float32).tiny) for name, signal in raw.items()}
 
 
 def importance(parts: dict[str, Tensor], config: ImportanceConfig) -> Tensor:

@@ -134,6 +134,7 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
     """
     shared = domains(gm, config)
     if config.allocation == "optimal":
+        _check_ties([members for _, members, _ in shared], config)
         for target, groups, _ in shared:
             _chosen(gm, unmeasured_frontier(gm, groups, config), target, config)
         return
@@ -151,6 +152,19 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
                 f"Expected `bits_per_weight` of at least {least:.3f} (up to {most:.3f} is of use) for these sites with "
                 f"allocation {config.allocation}, groups of {config.grid.group_size} and sparsity {config.pattern} but "
                 f"got {target:g}."
+            )
+
+
+def _check_ties(shared: Sequence[Sequence[InputGroup]], config: CompressionConfig) -> None:
+    for tie in config.optimal.ties:
+        bound = [
+            [g.name for g in members if any(fnmatchcase(s.path, pattern) for s in g.sites for pattern in tie)]
+            for members in shared
+        ]
+        if sum(map(bool, bound)) > 1:
+            raise ValueError(
+                f"Expected what `optimal.ties` holds together to share one budget but `block_bits` parts {list(tie)}: "
+                f"{' from '.join(str(names[:3]) for names in bound if names)}."
             )
 
 

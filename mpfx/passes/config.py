@@ -32,6 +32,8 @@ class CompressionConfig:
             model; fixed: one width; threshold, quantile, budget: tiers by importance, of which budget meets the size
             that is asked for.
         optimal: what `optimal` chooses from: widths, limits, ties.
+        distortion: what `optimal` weighs widths by. measured: every group of channels rounded to every width; signals:
+            what the five signals of the importance make of that, by a fit over the whole model.
         sparsity: fraction of the weights to prune (0.5), or n of every m adjacent channels kept ("2:4"); null: none;
             auto: whatever is best for its bytes, input group by input group (with `optimal` and `bits_per_weight`).
         importance: weights of the five signals.
@@ -64,6 +66,7 @@ class CompressionConfig:
     code_bits: float | None = None
     allocation: Literal["optimal", "fixed", "threshold", "quantile", "budget"] = "optimal"
     optimal: OptimalConfig = field(default_factory=OptimalConfig)
+    distortion: Literal["measured", "signals"] = "measured"
     sparsity: str | float | None = None
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
@@ -93,6 +96,8 @@ class CompressionConfig:
                 "Expected `allocation` to be optimal, fixed, threshold, quantile or budget but got "
                 f"{self.allocation!r}."
             )
+        if self.distortion not in ("measured", "signals"):
+            raise ValueError(f"Expected `distortion` to be measured or signals but got {self.distortion!r}.")
         if self.order not in ("auto", "activation", "natural"):
             raise ValueError(f"Expected `order` to be auto, activation or natural but got {self.order!r}.")
         if not 0 < self.damping <= 1:

@@ -1,18 +1,30 @@
 """The frontier of a traced model: what every unit of channels costs at every width, and harms."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from mpfx.allocate import Frontier, GroupFrontier, block_means, confined_order, is_free, with_curves
+from mpfx.allocate import (
+    Frontier,
+    GroupFrontier,
+    block_means,
+    confined_order,
+    fit_signals,
+    is_free,
+    raw_signals,
+    with_curves,
+)
 from mpfx.graph import InputGroup, PermutationFold, traced_module
 from mpfx.nn.layout import SEGMENT
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FOLD, annotations, naming_sites
 from mpfx.solve import factorise
 from mpfx.stats import Moments
+
+logger = logging.getLogger("mpfx.allocate")
 
 
 def stacked_weight(model: nn.Module, group: InputGroup) -> Tensor:
@@ -32,24 +44,33 @@ def measured_frontier(
         moments: of the dense model's inputs by name of the group; Hessians guided by the loss, or not.
     """
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
-    return replace(empty, groups=tuple(_measured(gm, group, config, moments[group.name], empty) for group in groups))
+    found, features = zip(*(_measured(gm, group, config, moments[group.name], empty) for group in groups), strict=True)
+    frontier = replace(empty, groups=found)
+    if config.distortion == "measured":
+        return frontier
+    fit = fit_signals(frontier, features)
+    logger.info("the five signals explain %.1f%% of the logarithm of the distortions", 100 * fit.explained)
+    return fit.frontier
 
 
 def _measured(
     gm: fx.GraphModule, group: InputGroup, config: CompressionConfig, moments: Moments, empty: Frontier
-) -> GroupFrontier:
-    score = moments.hessian.diagonal()
-    draft = _draft(gm, group, config, score)
-    order = draft.order.to(score.device)
+) -> tuple[GroupFrontier, Tensor]:
+    """The frontier of one group, and the signals of its units ``(units, signals)``."""
+    draft = _draft(gm, group, config, moments.hessian.diagonal())
+    order = draft.order.to(moments.hessian.device)
+    moments = moments.reordered(order)
     with naming_sites(group):
-        upper = factorise(moments.hessian[order][:, order], config.damping).upper
+        factor = factorise(moments.hessian, config.damping)
     # Summed over tokens, not averaged: so that groups compare that saw different numbers of tokens (experts).
-    diagonal = upper.diagonal() * (2 / moments.tokens) ** 0.5
+    scale = (2 / moments.tokens) ** 0.5
     weight = stacked_weight(traced_module(gm), group)[:, order]
     if not config.power:  # without the loss, errors of different layers compare only relative to their outputs
-        output = ((weight @ moments.hessian[order][:, order]) * weight).sum(dtype=torch.float64) * (moments.tokens / 4)
-        diagonal = diagonal * float(output.clamp(min=1e-30).sqrt())
-    return with_curves(draft, empty, config.patterns, (weight, diagonal))
+        output = ((weight @ moments.hessian) * weight).sum(dtype=torch.float64) * (moments.tokens / 4)
+        scale *= float(output.clamp(min=1e-30).sqrt())
+    signals = raw_signals(weight, moments, factor.inverse_diagonal * scale**2)
+    features = torch.stack([torch.stack([p.mean() for p in s.split(draft.unit)]) for s in signals.values()], 1)
+    return with_curves(draft, empty, config.patterns, (weight, factor.upper.diagonal() * scale)), features
 
 
 def unmeasured_frontier(gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig) -> Frontier:

@@ -113,6 +113,20 @@ def test_uniform_gives_one_width_to_each_group() -> None:
     assert len({int(plan.bits[0]) for plan in found.plans}) > 1
 
 
+def test_one_width_in_natural_order_stores_no_permutation() -> None:
+    measured, config = frontier(SIZES), OptimalConfig(uniform=True)
+    natural = choose(replace(measured, activation_order=False), 4.35, config)
+    assert not any(plan.permuted for plan in natural.plans)
+    ordered = choose(measured, 8 * natural.stored_bytes / sum(r * c for r, c in SIZES.values()), config)
+    assert natural.distortion < ordered.distortion  # what the permutations took buys something
+    widths = [int(plan.bits[0]) for plan in natural.plans]
+    stored = sum(
+        stored_bytes(Layout(channels, (bits,) * (channels // 32), 64), rows, symmetric=False, scale_bits=4).total
+        for bits, (rows, channels) in zip(widths, SIZES.values(), strict=True)
+    )
+    assert natural.stored_bytes == stored
+
+
 @pytest.mark.parametrize(
     ("config", "target", "message"),
     [

@@ -205,6 +205,52 @@ def test_random_steps_draw_the_same_numbers_again(validate: Validate) -> None:
     assert not torch.equal(module.seen[0], module.seen[2])
 
 
+@pytest.mark.parametrize("guidance", [None, 0.0])
+def test_signals_can_stand_in_for_measured_distortions(
+    llama: Any, batches: Batches, validate: Validate, caplog: pytest.LogCaptureFixture, guidance: float | None
+) -> None:
+    def compressed(distortion: Any) -> Any:
+        config = CompressionConfig(bits_per_weight=4.5, guidance=guidance, distortion=distortion)
+        callback = ModelCompression(config, module="model")
+        validate(CausalLM(copy.deepcopy(llama)), batches, callback)
+        assert callback.graph_module is not None
+        return callback.graph_module.meta[ALLOCATIONS][0]
+
+    with caplog.at_level("INFO", "mpfx.allocate"):
+        (seen, _), (predicted, chosen) = compressed("measured"), compressed("signals")
+    assert "the five signals explain" in caplog.text
+    assert chosen.stored_bytes <= 4.5 / 8 * sum(group.numel for group in predicted.groups)
+    ratios = [
+        p.curves[0].distortion / m.curves[0].distortion for p, m in zip(predicted.groups, seen.groups, strict=True)
+    ]
+    ratio = torch.cat(ratios)[:, 1:]
+    assert not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-6)
+    assert bool(((ratio > 0.2) & (ratio < 5)).all())
+
+
+def test_batches_of_several_loaders_are_told_apart(validate: Validate) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Two(Regression):
+        def validation_step(self, batch: Tensor, index: int, dataloader_idx: int = 0) -> Any:
+            calls.append((index, dataloader_idx))
+            return self.net(batch).square().mean() * (1 + dataloader_idx)
+
+    callback = ModelCalibration(CompressionConfig(bits_per_weight=4.5), module="net")
+    loaders: Any = [torch.utils.data.DataLoader(inputs(), batch_size=None) for _ in range(2)]  # type: ignore[arg-type]
+    with quiet_lightning():
+        make_trainer("cpu", 1, callbacks=[callback], progress=False).validate(Two(), loaders, verbose=False)
+    assert callback.calibration is not None
+    assert calls == [(index, loader) for loader in range(2) for index in range(3) for _ in range(2)]
+    first, second = (
+        torch.cat(
+            [call for batch in callback.calibration.sensitivities["0"].batches[3 * i : 3 * i + 3] for call in batch]
+        )
+        for i in range(2)
+    )
+    assert torch.allclose(second, 4 * first)
+
+
 def test_limits_and_budgets_of_blocks_go_together(llama: Any, batches: Batches, validate: Validate) -> None:
     from mpfx.allocate import OptimalConfig, WidthLimit
 

@@ -2,13 +2,14 @@
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from mpfx.allocate import code_bits_per_weight
+from mpfx.allocate import OptimalConfig, code_bits_per_weight
 from mpfx.graph import bind_inputs, linear_weight, trace
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.passes import (
@@ -183,6 +184,17 @@ def test_a_pattern_that_matches_no_block_is_refused(llama: Any, batches: Batches
     gm = located_graph(llama, batches[0])
     with pytest.raises(PassError, match=r"'layer.7' matches none of .*model\.layers\.0"):
         run_passes(gm, [Allocate(CompressionConfig(code_bits=4, block_bits={"layer.7": 3}, allocation="fixed"), {})])
+
+
+def test_a_tie_across_budgets_is_refused(llama: Any, batches: Batches) -> None:
+    ties = (("*.down_proj",),)
+    gm, config = (
+        located_graph(llama, batches[0]),
+        CompressionConfig(bits_per_weight=4, optimal=OptimalConfig(ties=ties)),
+    )
+    check_feasible(gm, config)
+    with pytest.raises(ValueError, match=r"share one budget but `block_bits` parts \['\*\.down_proj'\]: .*layers\.0"):
+        check_feasible(gm, replace(config, block_bits={"model.layers.0": 6}))
 
 
 @pytest.mark.parametrize(("allocation", "target"), [("fixed", 1.3), ("budget", 2.3)])
