@@ -1,5 +1,6 @@
 """Tiny models and batches that the whole suite shares."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.utils.data import DataLoader
 from mpfx.lm import make_trainer, quiet_lightning
 
 VOCABULARY = 160
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # several processes share the cores
 
 
 def build_llama(**overrides: Any) -> Any:

@@ -128,13 +128,13 @@ _Shapes = Mapping[str, tuple[int | None, ...]]  # None: any, for now
 def _site_shapes(site: str, entry: SiteEntry, header: Header) -> _Shapes:
     rows, segments = entry.out_features, -(-entry.in_features // SEGMENT)
     return {
-        "codes": (None,) if f"{site}.mask" in header else (rows, None),
+        "codes": (None,) if f"{site}.mask" in header else (None, rows),
         "scales": (rows, None),
         "scale_codes": (None,),
         "row_scales": (rows,),
         "group_scales": (None,),
         "zeros": (None,),
-        "mask": (rows, segments),
+        "mask": (segments, rows),
         "widths": (segments,),
         "bias": (rows,),
     }
@@ -149,7 +149,7 @@ def _stack_shapes(entry: StackEntry) -> _Shapes:
         "row_scales": (entry.experts, entry.out_features),
         "group_scales": (None,),
         "zeros": (None,),
-        "mask": (entry.experts, entry.out_features, segments),
+        "mask": (entry.experts, segments, entry.out_features),
         "widths": (entry.experts, segments),
     }
 

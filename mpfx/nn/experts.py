@@ -42,7 +42,7 @@ class PackedStack(PackedModule):
         row_scales: float16 ``(experts, out)``.
         group_scales: float16 ``(numbers,)``, expert after expert.
         zeros: int32 ``(words,)``, expert after expert; None if symmetric.
-        mask: int32 ``(experts, out, segments)`` or None.
+        mask: int32 ``(experts, segments, out)`` or None.
         widths: uint8 ``(experts, segments)``.
 
     Raises:
@@ -256,7 +256,7 @@ def split_stack(
         raise ValueError(f"Expected `widths` of shape (experts, segments) but got {found}.")
     layouts = [Layout(in_features, tuple(row), group_size) for row in widths.tolist()]
     table = (len(layouts), out_features)
-    _check_stacked("mask", mask, (*table, widths.shape[1]), torch.int32)
+    _check_stacked("mask", mask, (*widths.shape, out_features), torch.int32)
     _check_stacked("row_scales", parts.get("row_scales"), table, torch.float16)
     shapes = []
     for expert, layout in enumerate(layouts):
@@ -297,10 +297,10 @@ def _flat_shapes(
 
 def _shaped(parts: Mapping[str, Tensor | None], layout: Layout, rows: int) -> PackedWeight:
     """The weight of one expert, from its flat tensors."""
-    tables = {"scales": len(layout.grids)}
+    tables = {"scales": (rows, len(layout.grids))}
     if parts.get("mask") is None:
-        tables["codes"] = sum(words(run.channels, run.bits) for run in layout.runs)
-    shaped = {n: t.view(rows, tables[n]) if t is not None and n in tables else t for n, t in parts.items()}
+        tables["codes"] = (sum(words(run.channels, run.bits) for run in layout.runs), rows)
+    shaped = {n: t.view(tables[n]) if t is not None and n in tables else t for n, t in parts.items()}
     return PackedWeight.of(shaped, layout)
 
 

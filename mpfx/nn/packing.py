@@ -61,12 +61,13 @@ class PackedWeight:
     """One weight as it is stored and run; every tensor is counted in its bytes.
 
     Attributes:
-        codes: int32 words. Without a mask ``(out, words)``: row after row, segment after segment. With a mask
-            ``(words,)``: per width (ascending) one stream of the surviving codes, row after row. Segments that are
-            left out have none.
+        codes: int32 words. Without a mask ``(words, out)``: segment after segment, every word of a segment for all
+            rows side by side, as a kernel whose lanes are rows reads them. With a mask ``(words,)``: per width
+            (ascending) one stream of the surviving codes, segment after segment, in these row after row. Segments that
+            are left out have none.
         scales: float16 ``(out, grids)``, one column per quantized group; or coded.
         zeros: int32 ``(words,)``: per quantized group the packed zero points of all rows; None if symmetric.
-        mask: int32 ``(out, segments)``, bit k of a word is channel k of the segment, 1 = kept, all 0 where the
+        mask: int32 ``(segments, out)``, bit k of a word is channel k of the segment, 1 = kept, all 0 where the
             segment is left out; None: nothing is pruned within the others.
         widths: uint8 ``(segments,)``.
         layout: of the channels.
@@ -126,7 +127,7 @@ class PackedWeight:
         if self.mask is None:
             left_out = sum(run.channels for run in self.layout.runs if run.bits == LEFT_OUT)
             return left_out / self.layout.in_features
-        return 1 - float(unpack_codes(self.mask, 1, self.layout.in_features).double().mean())
+        return 1 - float(unpack_codes(self.mask.t(), 1, self.layout.in_features).double().mean())
 
 
 def _scales_of(parts: Mapping[str, Tensor | None]) -> Scales:
@@ -148,7 +149,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         codes=_pack_rows(weight) if weight.kept is None else _pack_streams(weight),
         scales=weight.scales.contiguous() if isinstance(weight.scales, Tensor) else weight.scales,
         zeros=_pack_zeros(weight),
-        mask=None if weight.kept is None else pack_codes(weight.kept, 1),
+        mask=None if weight.kept is None else pack_codes(weight.kept, 1).t().contiguous(),
         widths=torch.tensor(layout.widths, dtype=torch.uint8, device=weight.codes.device),
         layout=layout,
     )
@@ -156,7 +157,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
     """Undo :func:`pack`."""
-    kept = None if packed.mask is None else unpack_codes(packed.mask, 1, packed.layout.in_features).bool()
+    kept = None if packed.mask is None else unpack_codes(packed.mask.t(), 1, packed.layout.in_features).bool()
     return QuantizedWeight(
         codes=_unpack_rows(packed) if kept is None else _unpack_streams(packed, kept),
         scales=packed.scales,
@@ -173,7 +174,7 @@ def reordered_rows(packed: PackedWeight, order: Tensor) -> PackedWeight:
 
 def _pack_rows(weight: QuantizedWeight) -> Tensor:
     parts = [pack_codes(weight.codes[:, r.start : r.stop], r.bits) for r in _stored(weight.layout)]
-    return torch.cat([weight.codes[:, :0], *parts], 1)
+    return torch.cat([weight.codes[:, :0], *parts], 1).t().contiguous()
 
 
 def _unpack_rows(packed: PackedWeight) -> Tensor:
@@ -181,7 +182,7 @@ def _unpack_rows(packed: PackedWeight) -> Tensor:
     codes, start = torch.zeros(shape, dtype=torch.int32, device=packed.codes.device), 0
     for run in _stored(packed.layout):
         stop = start + words(run.channels, run.bits)
-        codes[:, run.start : run.stop] = unpack_codes(packed.codes[:, start:stop], run.bits, run.channels)
+        codes[:, run.start : run.stop] = unpack_codes(packed.codes[start:stop].t(), run.bits, run.channels)
         start = stop
     return codes
 
@@ -191,31 +192,39 @@ def _stored(layout: Layout) -> list[Span]:
     return [run for run in layout.runs if run.bits != LEFT_OUT]
 
 
-def _channels_by_width(layout: Layout, device: torch.device) -> list[tuple[int, Tensor]]:
-    """Channel indices of every width that has codes, widths ascending."""
-    of = torch.tensor(layout.widths, device=device).repeat_interleave(layout.segment)[: layout.in_features]
+def _segments_by_width(layout: Layout, device: torch.device) -> list[tuple[int, Tensor]]:
+    """Indices of the segments of every width that has codes, widths ascending."""
+    of = torch.tensor(layout.widths, device=device)
     return [(bits, (of == bits).nonzero()[:, 0]) for bits in sorted({run.bits for run in _stored(layout)})]
+
+
+def _by_segment(values: Tensor, segment: int) -> Tensor:
+    """``(rows, in)`` as ``(segments, rows, segment)``, the last segment filled up with zeros."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % segment))
+    return padded.unflatten(1, (-1, segment)).transpose(0, 1)
 
 
 def _pack_streams(weight: QuantizedWeight) -> Tensor:
     assert weight.kept is not None
+    codes, kept = (_by_segment(part, weight.layout.segment) for part in (weight.codes, weight.kept))
     streams = [torch.empty(0, dtype=torch.int32, device=weight.codes.device)]
-    for bits, channels in _channels_by_width(weight.layout, weight.codes.device):
-        streams.append(pack_codes(weight.codes[:, channels][weight.kept[:, channels]], bits))
+    for bits, segments in _segments_by_width(weight.layout, weight.codes.device):
+        streams.append(pack_codes(codes[segments][kept[segments]], bits))
     return torch.cat(streams)
 
 
 def _unpack_streams(packed: PackedWeight, kept: Tensor) -> Tensor:
-    codes, start = torch.zeros(kept.shape, dtype=torch.int32, device=kept.device), 0
-    for bits, channels in _channels_by_width(packed.layout, kept.device):
-        of_width = kept[:, channels]
+    layout, by_segment, start = packed.layout, _by_segment(kept, packed.layout.segment), 0
+    codes = torch.zeros(by_segment.shape, dtype=torch.int32, device=kept.device)
+    for bits, segments in _segments_by_width(layout, kept.device):
+        of_width = by_segment[segments]
         count = int(of_width.sum())
         stop = start + words(count, bits)
         part = torch.zeros(of_width.shape, dtype=torch.int32, device=kept.device)
         part[of_width] = unpack_codes(packed.codes[start:stop], bits, count)
-        codes[:, channels] = part
+        codes[segments] = part
         start = stop
-    return codes
+    return codes.transpose(0, 1).flatten(1)[:, : layout.in_features].contiguous()
 
 
 def _pack_zeros(weight: QuantizedWeight) -> Tensor | None:
@@ -252,7 +261,7 @@ def validate(packed: PackedWeight) -> None:
     kept = None if packed.mask is None else count_kept(packed.mask, rows, layout)
     size = stored_bytes(layout, rows, symmetric=packed.zeros is None, scale_bits=scale_bits, kept=kept)
     columns = size.codes // 4
-    _expect("codes", packed.codes, (rows, columns // rows) if kept is None else (columns,), torch.int32)
+    _expect("codes", packed.codes, (columns // rows, rows) if kept is None else (columns,), torch.int32)
     if packed.zeros is not None:
         _expect("zeros", packed.zeros, (size.zeros // 4,), torch.int32)
 
@@ -292,10 +301,10 @@ def count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
     """Check a mask; return the surviving weights of every run.
 
     Raises:
-        ValueError: if it is not int32 ``(rows, segments)``, or keeps weights of segments that are left out.
+        ValueError: if it is not int32 ``(segments, rows)``, or keeps weights of segments that are left out.
     """
-    _expect("mask", mask, (rows, len(layout.widths)), torch.int32)
-    alive = unpack_codes(mask, 1, layout.in_features)
+    _expect("mask", mask, (len(layout.widths), rows), torch.int32)
+    alive = unpack_codes(mask.t(), 1, layout.in_features)
     kept = tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
     if any(count for count, run in zip(kept, layout.runs, strict=True) if run.bits == LEFT_OUT):
         raise ValueError("Expected `mask` to keep nothing of the segments that are left out but it does.")
