@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
@@ -32,7 +33,8 @@ from mpfx.passes import (
 from mpfx.stats import Moments
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
-"""From a module and a batch to a scalar loss that can be differentiated: the mean over the batch's samples."""
+"""From a module and a batch to a scalar loss that can be differentiated: the mean over the batch's samples, or over its
+tokens where the compressed module reads token ids."""
 
 _LOSS_SCALE = 2.0**10  # keeps the gradients of a mean loss within float16's range
 
@@ -113,7 +115,7 @@ class ModelCalibration(Callback):
     for the sensitivity of the loss; the loop's own results are undisturbed.
 
     Args:
-        configs: what will be done: one or more, alike in scope, grid and passes.
+        configs: what will be done: one or more, alike in scope, passes and strictness.
         module: path of the submodule to compress; "" for the LightningModule itself.
         loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
             (itself, or under "loss"). A step that does more than that, such as collecting results, needs it: the step
@@ -125,12 +127,16 @@ class ModelCalibration(Callback):
     """
 
     def __init__(self, *configs: CompressionConfig, module: str = "", loss: Loss | None = None) -> None:
+        for name in ("scope", "passes", "strict"):
+            if any(getattr(config, name) != getattr(configs[0], name) for config in configs):
+                raise ValueError(f"Expected configs of one calibration to be alike in `{name}` but they differ.")
         self.configs, self.module, self.loss = configs, module, loss
         self.seconds: dict[str, float] = {}
         self.calibration: Calibration | None = None
         self._recorder: CallRecorder | None = None
         self._sensing: Sensing | None = None
         self._random: list[Tensor] = []
+        self._batch: Any = None
         self._sensed = 0
         self._way_back = ExitStack()  # of the user's own passes
         self._started = 0.0
@@ -162,6 +168,8 @@ class ModelCalibration(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._recorder is not None:
+            # The step may take its batch apart; the second run needs all of it.
+            self._batch = apply_to_collection(batch, Tensor, lambda t: t)
             self._random = [torch.get_rng_state()]
             self._random += torch.cuda.get_rng_state_all() if pl_module.device.type == "cuda" else []
 
@@ -178,17 +186,9 @@ class ModelCalibration(Callback):
         if self._recorder is None or self._sensing is None:
             return
         with torch.inference_mode(False):
-            batch = pytree.tree_map_only(Tensor, torch.clone, batch)
+            batch = apply_to_collection(self._batch, Tensor, torch.clone)
         several = len(trainer.num_val_batches) > 1
         indices = (batch_idx, dataloader_idx) if several else (batch_idx,)
-        samples = next((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
-
-        def loss() -> Tensor:
-            with trainer.precision_plugin.forward_context():
-                value = self._loss(pl_module, batch, *indices)
-            # A mean over fewer samples would count each of them more.
-            return value * (samples * _LOSS_SCALE) if isinstance(value, Tensor) else value
-
         calls = len(self._recorder.calls) - self._sensed
         if calls != 1:
             raise ValueError(
@@ -197,8 +197,18 @@ class ModelCalibration(Callback):
             )
         self._sensed += 1
         started, masks = time.perf_counter(), self._recorder.reading.masks
-        with self._recorder.paused(), undisturbed(pl_module), replayed(self._random):
-            self._sensing.batch(loss, masks, pl_module)
+        # A mean over fewer would count each of them more.
+        share = averaged_over(self._recorder.calls[-1], masks) / averaged_over(
+            self._recorder.calls[0], padding_masks(self._recorder.calls[0])
+        )
+
+        def loss() -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                value = self._loss(pl_module, batch, *indices)
+            return value * (share * _LOSS_SCALE) if isinstance(value, Tensor) else value
+
+        with self._recorder.paused(), undisturbed(pl_module), naming_batch(batch_idx):
+            self._sensing.batch(loss, masks, pl_module, lambda: replayed(self._random))
         self.seconds["sense"] = self.seconds.get("sense", 0.0) + time.perf_counter() - started
 
     def _loss(self, pl_module: pl.LightningModule, batch: Any, *indices: int) -> Any:
@@ -279,6 +289,37 @@ class ModelCalibration(Callback):
             self._sensing = Sensing(gm, located(gm))
         plain = any(c.measured and not c.power for c in self.configs)
         return gm, located(gm) if plain else []
+
+
+def averaged_over(values: Mapping[str, Any], masks: Mapping[str, Tensor]) -> int:
+    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
+
+    Args:
+        values: inputs of the call.
+        masks: padding masks among them.
+    """
+    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
+    if first is None:
+        return 1
+    if first.dtype.is_floating_point or first.dim() < 2:
+        return max(len(first), 1)
+    mask = next((mask for mask in masks.values() if mask.shape == first.shape), None)
+    return max(first.numel() if mask is None else int(mask.sum()), 1)
+
+
+@contextmanager
+def naming_batch(index: int) -> Iterator[None]:
+    """Say which batch failed where a validation step is run once more, and what to do about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"batch {index} could not be run once more for the sensitivity of the loss: {found}\nHand over a function "
+            "that can be, `ModelCompression(..., loss=...)`, or set `guidance: 0` to compress without the loss."
+        ) from error
 
 
 @contextmanager

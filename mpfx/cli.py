@@ -5,9 +5,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +16,9 @@ from rich.logging import RichHandler
 
 from mpfx.graph import TraceError
 from mpfx.passes import PassError
+
+if TYPE_CHECKING:
+    from mpfx.allocate import Domain, OptimalConfig
 
 QUALITY_CONFIG = "configs/quality.yaml"
 """What `mpfx bench quality` reads where no other config is named."""
@@ -148,23 +151,25 @@ def _allocate_parser() -> _Parser:
     built.add_argument("--frontier", required=True, help="Folder that `mpfx compress` wrote to.")
     built.add_argument("--bits_per_weight", "--bits-per-weight", type=float, help="Stored bits, everything counted.")
     built.add_argument("--code_bits", "--code-bits", type=float, help="Average width of the codes alone.")
-    built.add_class_arguments(OptimalConfig, "optimal", skip={"widths"})
+    built.add_class_arguments(OptimalConfig, "optimal")
     built.add_argument("--output", help="JSON file for the plan.")
     built.add_argument("--json", action="store_true", help="Print JSON.")
     return built
 
 
 def _allocate(options: Namespace) -> int:
-    from dataclasses import replace
-
     from mpfx.allocate import answer, load_frontier, save_plan
 
     target, in_codes = options.bits_per_weight, options.code_bits is not None
     if in_codes == (target is not None):
         raise ValueError("Expected exactly one of `bits_per_weight` and `code_bits`.")
     domains = load_frontier(options.frontier)
-    config = replace(options.optimal, widths=domains[0].frontier.widths)
-    found = answer(domains, options.code_bits if in_codes else target, config, code_bits=in_codes)
+    found = answer(
+        domains,
+        options.code_bits if in_codes else target,
+        _constraints(options.optimal, domains[0]),
+        code_bits=in_codes,
+    )
     if options.output:
         save_plan(found.plans, options.output)
     facts = {
@@ -197,10 +202,45 @@ def _allocate(options: Namespace) -> int:
     return 0
 
 
+def _constraints(asked: "OptimalConfig", domain: "Domain") -> "OptimalConfig":
+    """What was asked for; where nothing was, what the run kept that measured the frontier."""
+    given = {f.name: getattr(asked, f.name) for f in fields(asked) if getattr(asked, f.name) != f.default}
+    return replace(domain.constraints, **{"widths": domain.frontier.widths, **given})
+
+
 def _number(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(f"{number:.3f}" for number in value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _export_parser() -> _Parser:
+    from mpfx.hub.export import FORMATS
+
+    built = _Parser(description="Write a checkpoint in the format of another library.")
+    built.add_argument("folder", help="Folder of an mpfx checkpoint.")
+    built.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="compressed-tensors: a folder for transformers and vLLM; gguf: a file for llama.cpp.",
+    )
+    built.add_argument("--output", required=True, help="What to write; must not exist yet.")
+    built.add_argument("--json", action="store_true", help="Print JSON.")
+    return built
+
+
+def _export(options: Namespace) -> int:
+    from mpfx.hub.export import export
+
+    done = export(options.folder, options.output, options.format)
+    if options.json:
+        print(json.dumps({**asdict(done), "path": str(done.path)}))
+        return 0
+    size = f"{done.bits_per_weight:.3f} stored bits per weight ({done.packed_bits_per_weight:.3f} in {options.folder})"
+    for text in (f"{done.path}: {size}", *(f"note: {note}" for note in done.notes)):
+        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def _sweep_parser() -> _Parser:
@@ -294,6 +334,7 @@ _COMMANDS = {
     "compress": _Command(_compress_parser, _compress),
     "evaluate": _Command(_evaluate_parser, _evaluate),
     "allocate": _Command(_allocate_parser, _allocate),
+    "export": _Command(_export_parser, _export),
     "sweep": _Command(_sweep_parser, _sweep, raw=True),
     "bench": _Command(_bench_parser, _bench, raw=True),
 }

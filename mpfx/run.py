@@ -13,7 +13,8 @@ from mpfx.allocate import PLAN_FILE, remove_frontier, save_frontier, save_plan
 from mpfx.callbacks import ModelCompression
 from mpfx.config import REPORT, RunConfig, TrainerConfig
 from mpfx.graph import opaque_parts
-from mpfx.hub.checkpoint import MANIFEST, load, save, tensor_bytes
+from mpfx.hub.card import model_card, write_card
+from mpfx.hub.checkpoint import is_checkpoint, load, save, tensor_bytes
 from mpfx.hub.source import Source, load_model
 from mpfx.lm import CausalLM, EvaluationData, TextDataModule
 from mpfx.lm import evaluate as validate
@@ -41,7 +42,7 @@ def compress(config: RunConfig) -> Report:
         FileNotFoundError: likewise.
     """
     check_output(Path(config.output))
-    if (Path(config.model) / MANIFEST).is_file():
+    if is_checkpoint(config.model):
         raise ValueError(f"Expected `model` to be a dense model but {config.model!r} is compressed already.")
     started = time.perf_counter()
     session = Session(config)
@@ -70,6 +71,7 @@ def compress(config: RunConfig) -> Report:
         config=_plain(config),
     )
     report.save(Path(config.output) / REPORT)
+    write_card(Path(config.output), Path(config.output), model_card(config.output, type(model).__name__, report))
     return report
 
 
@@ -106,7 +108,7 @@ def evaluate(
 
 
 def _open(model: str, trust_remote_code: bool) -> Source:
-    if not (Path(model) / MANIFEST).is_file():
+    if not is_checkpoint(model):
         return load_model(model, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
 
@@ -128,7 +130,7 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"Expected `output` to be a folder but {str(there)!r} is a file.")
     if not os.access(there, os.W_OK):
         raise ValueError(f"Expected `output` to be a folder that can be written but {str(there)!r} cannot.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
         raise ValueError(
             f"Expected `output` to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds "
             "other files."

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import fx
 
-from mpfx.allocate import Domain
+from mpfx.allocate import Domain, relative_gap
 from mpfx.callbacks import ModelCalibration
 from mpfx.config import RunConfig, TrainerConfig
 from mpfx.graph import trace
@@ -238,7 +238,9 @@ def measured_domains(gm: fx.GraphModule, config: CompressionConfig) -> list[Doma
     found = gm.meta.get(ALLOCATIONS, [])
     budgets = domains(gm, config) if found else []
     codes = config.code_bits is not None
-    return [Domain(f, target, codes, own) for (f, _), (target, _, own) in zip(found, budgets, strict=True)]
+    return [
+        Domain(f, target, codes, own, config.optimal) for (f, _), (target, _, own) in zip(found, budgets, strict=True)
+    ]
 
 
 def allocation_report(gm: fx.GraphModule, config: CompressionConfig) -> AllocationReport | None:
@@ -254,7 +256,7 @@ def allocation_report(gm: fx.GraphModule, config: CompressionConfig) -> Allocati
     return AllocationReport(
         distortion=distortion,
         bound=bound,
-        gap=distortion / bound - 1 if bound > 0 else 0.0,
+        gap=relative_gap(distortion, bound),
         budget_bytes=allowed if config.code_bits is None else None,
         stored_bytes=sum(allocation.stored_bytes for allocation in chosen),
         left_out=sum(int((plan.bits == 0).sum()) for plan in plans),

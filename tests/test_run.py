@@ -103,6 +103,7 @@ def test_optimal_runs_leave_their_frontier(folder: Path, tmp_path: Path, capsys:
     assert "input channels left out" in shown
     report = json.loads((out / "report.json").read_text())
     assert set(report["seconds"]) >= {"sense", "allocate", "solve"}
+    assert f"| {report['bits_per_weight']:.3f} |" in (out / "README.md").read_text()
     found = report["allocation"]
     assert 0 <= found["gap"] == pytest.approx(found["distortion"] / found["bound"] - 1)
     assert 0.99 * found["budget_bytes"] < found["stored_bytes"] <= found["budget_bytes"]

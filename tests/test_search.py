@@ -103,7 +103,8 @@ def test_sessions_refuse_what_one_calibration_cannot_serve(fields: dict[str, Any
 
 
 def test_combinations_are_parsed_as_configs_are(fields: dict[str, Any]) -> None:
-    found = combinations(fields, [["bits_per_weight", "3", "4.5"], ["importance", "activation", "all"]])
+    scored = {**fields, "allocation": "budget"}
+    found = combinations(scored, [["bits_per_weight", "3", "4.5"], ["importance", "activation", "all"]])
     assert [dict(v.fields) for v in found][1] == {"bits_per_weight": "3", "importance": "all"}
     configs = [v.config for v in found if v.config is not None]
     assert [c.bits_per_weight for c in configs] == [3, 3, 4.5, 4.5]

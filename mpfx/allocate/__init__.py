@@ -1,7 +1,7 @@
 """From statistics to a plan: importance, strategies, and what a plan costs."""
 
 from mpfx.allocate.answer import Answer, Kind, answer
-from mpfx.allocate.choose import Allocation, OptimalConfig, WidthLimit, choose
+from mpfx.allocate.choose import Allocation, OptimalConfig, WidthLimit, check_ties, choose, relative_gap
 from mpfx.allocate.fit import SignalFit, fit_signals
 from mpfx.allocate.frontier import Curve, Frontier, GroupFrontier, with_curves
 from mpfx.allocate.importance import ImportanceConfig, block_means, importance, raw_signals, signals
@@ -32,6 +32,7 @@ __all__ = [
     "answer",
     "block_means",
     "budget",
+    "check_ties",
     "choose",
     "code_bits_per_weight",
     "confined_order",
@@ -43,6 +44,7 @@ __all__ = [
     "load_plan",
     "quantile",
     "raw_signals",
+    "relative_gap",
     "remove_frontier",
     "save_frontier",
     "save_plan",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mpfx.allocate.choose import Allocation, OptimalConfig, choose, feasible_bits
+from mpfx.allocate.choose import Allocation, OptimalConfig, check_ties, choose, feasible_bits, relative_gap
 from mpfx.allocate.frontier import Frontier
 from mpfx.allocate.plan import GroupPlan
 from mpfx.allocate.storage import Domain
@@ -60,7 +60,7 @@ class Answer:
     @property
     def gap(self) -> float:
         """How far the distortion may be from the best possible, relative to it."""
-        return self.distortion / self.bound - 1 if self.bound > 0 else 0.0
+        return relative_gap(self.distortion, self.bound)
 
 
 def answer(
@@ -71,13 +71,14 @@ def answer(
     Args:
         domains: from :func:`mpfx.allocate.load_frontier`.
         target: stored bits per weight, never exceeded.
-        config: constraints; None: none. Widths have to be among those that were measured; None: all of them.
+        config: constraints, widths among those that were measured; None: those that the plans of the run had.
         code_bits: the target is the average nominal width of the codes instead.
 
     Raises:
         ValueError: if the budget is infeasible, or a constraint matches nothing.
     """
-    config = replace(OptimalConfig(), widths=domains[0].frontier.widths) if config is None else config
+    config = replace(domains[0].constraints, widths=domains[0].frontier.widths) if config is None else config
+    check_ties(config.ties, [[(g.name, list(g.rows)) for g in domain.frontier.groups] for domain in domains])
     known = [path for domain in domains for group in domain.frontier.groups for path in group.rows]
     chosen: list[Allocation] = []
     ranges: list[tuple[float, float]] = []

@@ -81,7 +81,34 @@ class Allocation:
     @property
     def gap(self) -> float:
         """How far the distortion may be from the best possible, relative to it."""
-        return self.distortion / self.bound - 1 if self.bound > 0 else 0.0
+        return relative_gap(self.distortion, self.bound)
+
+
+def relative_gap(distortion: float, bound: float) -> float:
+    """How far a distortion is above a bound, relative to it."""
+    return distortion / bound - 1 if bound > 0 else 0.0
+
+
+def check_ties(ties: Sequence[Sequence[str]], budgets: Sequence[Sequence[tuple[str, Sequence[str]]]]) -> None:
+    """Refuse ties between groups that do not share one budget.
+
+    Args:
+        ties: see :class:`OptimalConfig`.
+        budgets: per budget its groups, a name and the paths of the sites each.
+
+    Raises:
+        ValueError: naming the tie, and the groups on both sides.
+    """
+    for tie in ties:
+        bound = [
+            [name for name, paths in groups if any(fnmatchcase(path, pattern) for path in paths for pattern in tie)]
+            for groups in budgets
+        ]
+        if sum(map(bool, bound)) > 1:
+            raise ValueError(
+                f"Expected what `optimal.ties` holds together to share one budget but `block_bits` parts {list(tie)}: "
+                f"{' from '.join(str(names[:3]) for names in bound if names)}."
+            )
 
 
 def choose(
@@ -117,20 +144,23 @@ def choose(
             f"Expected `{name}` of at least {_up(fewest * scale / numel)} (up to {most * scale / numel:.3f} is of "
             f"use) for these sites, their widths and limits but got {target:g}."
         )
+    bound = None
     for _ in range(_MOST_CORRECTIONS):
         solution = optimal(problem.modes, budget)
+        bound = solution.bound if bound is None else bound  # that of the whole budget
         plans = problem.plans(solution)
         stored = sum(plan.stored_bytes() for plan in plans)
         if code_bits or stored <= allowed or budget <= fewest:
             break
         # What no table of units can know: row scales of single stretches, streams of surviving codes.
-        budget = max(fewest, budget - (stored - allowed))
+        budget = max(fewest, min(budget, solution.stored) - (stored - allowed))
     if not code_bits and stored > allowed:
         raise ValueError(
             f"Expected `{name}` of at least {_up(stored * 8 / numel)} for these sites, their widths and limits but got "
             f"{target:g}."
         )
-    return Allocation(plans, solution.distortion, solution.bound, stored)
+    assert bound is not None
+    return Allocation(plans, solution.distortion, bound, stored)
 
 
 def feasible_bits(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpfx.allocate.choose import OptimalConfig, WidthLimit
 from mpfx.allocate.fields import Fields, read_json, replaced
 from mpfx.allocate.frontier import Curve, Frontier, GroupFrontier
 from mpfx.allocate.plan import is_free
@@ -43,12 +44,14 @@ class Domain(NamedTuple):
         target: the budget that they had, in bits.
         code_bits: whether that counts the codes alone; else stored bits, everything counted.
         own: whether it is a budget of some blocks (``block_bits``) beside that of the whole model.
+        constraints: that the plans of the run had to keep.
     """
 
     frontier: Frontier
     target: float
     code_bits: bool = False
     own: bool = False
+    constraints: OptimalConfig = OptimalConfig()
 
 
 def save_frontier(domains: Sequence[Domain], folder: str | PathLike[str]) -> None:
@@ -117,6 +120,9 @@ def _domain_entry(domain: Domain) -> dict[str, Any]:
         "target": domain.target,
         "code_bits": domain.code_bits,
         "own": domain.own,
+        "uniform": domain.constraints.uniform,
+        "limits": [asdict(limit) for limit in domain.constraints.limits],
+        "ties": [{"patterns": list(tie)} for tie in domain.constraints.ties],
         "widths": list(frontier.widths),
         "grid": asdict(frontier.grid),
         "activation_order": frontier.activation_order,
@@ -160,6 +166,7 @@ class _Draft:
         self.index = index
         self.target = entry.number("target")
         self.code_bits, self.own = entry.boolean("code_bits"), entry.boolean("own")
+        self.constraints = _read_constraints(entry)
         self.widths = entry.integers("widths", 0, 16)
         if not self.widths or list(self.widths) != sorted({*self.widths}) or not {*self.widths} <= {*LAYOUT_WIDTHS}:
             raise entry.wrong("widths", f"ascending widths out of {list(LAYOUT_WIDTHS)}", list(self.widths))
@@ -181,7 +188,21 @@ class _Draft:
     def domain(self, tensors: dict[str, Tensor]) -> Domain:
         groups = tuple(group.frontier(tensors) for group in self.groups)
         frontier = Frontier(self.widths, self.grid, groups, self.activation_order)
-        return Domain(frontier, self.target, self.code_bits, self.own)
+        return Domain(frontier, self.target, self.code_bits, self.own, self.constraints)
+
+
+def _read_constraints(entry: Fields) -> OptimalConfig:
+    limits, ties = [], []
+    for limit in entry.items("limits"):
+        least, most = limit.integer("least", 0, 16), limit.integer("most", 0, 16)
+        if least > most:
+            raise limit.wrong("least", f"at most {most}", least)
+        limits.append(WidthLimit(pattern=limit.text("pattern"), least=least, most=most))
+        limit.done()
+    for tie in entry.items("ties"):
+        ties.append(tie.texts("patterns"))
+        tie.done()
+    return OptimalConfig(uniform=entry.boolean("uniform"), limits=tuple(limits), ties=tuple(ties))
 
 
 class _GroupDraft:

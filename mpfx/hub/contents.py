@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpfx.hub.header import STACK_PARTS
 from mpfx.hub.manifest import BUFFER, PERMUTATION, RESERVED, Manifest, SiteEntry, StackEntry, inside
-from mpfx.nn import MixedPrecisionLinear
-from mpfx.nn.experts import PackedStack
-
-CONFIG, GENERATION = "config.json", "generation_config.json"
-"""What transformers rebuilds a model from."""
-
+from mpfx.nn import MixedPrecisionLinear, validate
+from mpfx.nn.experts import PackedStack, split_stack
 
 Packed = MixedPrecisionLinear | PackedStack
 """What a checkpoint holds packed: a linear layer, or the weights of all experts in the place of a parameter."""
@@ -108,6 +105,22 @@ def _memory(tensor: Tensor) -> Any:
     """What two tensors have in common if they are one and the same."""
     place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     return (*place, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+
+
+def check_packed(module: Packed) -> None:
+    """Check the values of a packed module, and that its tensors fit each other.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if isinstance(module, MixedPrecisionLinear):
+        validate(module.packed)
+    else:
+        sizes = {"out_features": module.out_features, "in_features": module.in_features}
+        parts = {name: getattr(module, name) for name in STACK_PARTS}
+        split_stack(parts, **sizes, group_size=module.layouts[0].group_size)
+    if module.permutation is not None:
+        check_order(module.permutation.cpu(), module.in_features, "permutation")
 
 
 def check_order(order: Tensor, channels: int, name: str) -> None:

@@ -1,23 +1,23 @@
 """Reading a checkpoint: everything is checked before anything is installed."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpfx.graph import is_linear, linear_weight
-from mpfx.hub.contents import CONFIG, GENERATION, Packed, check_order, dense_tensors, paths_of
-from mpfx.hub.header import SITE_PARTS, STACK_PARTS, Header, TensorInfo, check_header, read_header
+from mpfx.hub.contents import Packed, check_order, dense_tensors, paths_of
+from mpfx.hub.header import SITE_PARTS, STACK_PARTS, Header, TensorInfo, check_header
 from mpfx.hub.manifest import (
     BUFFER,
+    CONFIG,
     FLOATS,
+    GENERATION,
     PERMUTATION,
-    WEIGHTS,
+    QUANTIZATION,
     CheckpointError,
     Manifest,
     SiteEntry,
@@ -25,6 +25,7 @@ from mpfx.hub.manifest import (
     inside,
     read_manifest,
 )
+from mpfx.hub.weights import Weights, open_weights
 from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, validate
 from mpfx.nn.experts import PackedExperts, PackedStack, split_stack
 
@@ -42,35 +43,32 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         The model in eval mode, on the CPU.
 
     Raises:
-        FileNotFoundError: if the folder or one of mpfx's two files is missing.
+        FileNotFoundError: if the folder, its manifest or its weights are missing.
         CheckpointError: if a file is damaged, of another version, or does not fit the model.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    with _open_weights(folder) as file:
-        header = read_header(file, manifest.weights)
-        check_header(manifest, header)
+    with open_weights(folder) as weights:
+        check_header(manifest, weights.header)
         skeleton = _skeleton(folder, manifest) if model is None else model
-        paths = _check_modules(skeleton, manifest, header)
-        _check_tensors(dense_tensors(skeleton, paths), manifest, header)
-        packed = _read_sites(file, manifest)
-        state = _read_dense(file, manifest, header)
-    modules = _replacements(skeleton, paths, packed, manifest)
+        paths = check_model(skeleton, manifest, weights.header)
+        packed = packed_modules(manifest, weights.header, weights.read)
+        state = _read_dense(weights, manifest)
+    modules = replacements(skeleton, paths, packed, manifest)
     with _all_or_nothing(skeleton):
         for name, module in modules.items():
             skeleton.set_submodule(name, module)
         _fill(skeleton, state, manifest)
+    if manifest.library is not None:
+        _adopt(skeleton, manifest)
     return skeleton.eval()
 
 
-def _open_weights(folder: Path) -> Any:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}.")
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
+def _adopt(model: nn.Module, manifest: Manifest) -> None:
+    """Make ``save_pretrained`` write the model as it was read."""
+    from mpfx.hub.transformers import adopt
+
+    adopt(model, manifest)
 
 
 def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
@@ -94,11 +92,31 @@ def _build(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    vars(config).pop(QUANTIZATION, None)  # the manifest says it
     with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary tables) are computed for real
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)  # type: ignore[assignment]
     return model
+
+
+def check_model(skeleton: nn.Module, manifest: Manifest, header: Header) -> dict[str, str]:
+    """Check that the checkpoint holds all of a model and nothing else.
+
+    Args:
+        skeleton: the model, dense or packed; its values do not matter.
+        manifest: of the checkpoint.
+        header: of its weights, which fits the manifest.
+
+    Returns:
+        Every path under which a packed module can be found, with the one that the manifest names.
+
+    Raises:
+        CheckpointError: naming what the one has and the other lacks, or has otherwise.
+    """
+    paths = _check_modules(skeleton, manifest, header)
+    _check_tensors(dense_tensors(skeleton, paths), manifest, header)
+    return paths
 
 
 def _check_modules(skeleton: nn.Module, manifest: Manifest, header: Header) -> dict[str, str]:
@@ -110,7 +128,10 @@ def _check_modules(skeleton: nn.Module, manifest: Manifest, header: Header) -> d
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     holders = {path: path.rpartition(".")[0] for path in manifest.experts}
     if unknown := sorted({*manifest.sites, *holders.values()} - set(modules)):
-        raise CheckpointError(f"{manifest.path} names sites that {type(skeleton).__name__} lacks: {unknown[:5]}.")
+        raise CheckpointError(
+            f"{manifest.path} names sites that {type(skeleton).__name__} lacks: {unknown[:5]}. Load it with the class "
+            "of model that was saved."
+        )
     for site, entry in manifest.sites.items():
         _check_module(f"{manifest.path}, site {site}", entry, modules[site], f"{site}.bias" in header)
     for path, stack in manifest.experts.items():
@@ -139,10 +160,20 @@ def _check_stack(where: str, entry: StackEntry, module: nn.Module, name: str) ->
         raise CheckpointError(f"{where}: expected `transposed` to be {known.transposed} as in the given model.")
 
 
-def _replacements(
+def replacements(
     skeleton: nn.Module, paths: Mapping[str, str], packed: Mapping[str, Packed], manifest: Manifest
 ) -> dict[str, nn.Module]:
-    """The module for every path: packed linear layers, and experts that run on packed stacks."""
+    """The module for every path: packed linear layers, and experts that run on packed stacks.
+
+    Args:
+        skeleton: the model.
+        paths: as :func:`check_model` returns them.
+        packed: packed modules by the names of the manifest.
+        manifest: of the checkpoint.
+
+    Raises:
+        CheckpointError: if the model's experts cannot run on the stacks.
+    """
     modules: dict[str, nn.Module] = {}
     stacks: dict[str, dict[str, PackedStack]] = {}
     for path, site in paths.items():
@@ -155,8 +186,10 @@ def _replacements(
     made: dict[int, PackedExperts] = {}
     for path, parts in stacks.items():
         experts = skeleton.get_submodule(path)
+        order = list(experts.packed_stacks if isinstance(experts, PackedExperts) else experts._parameters)
+        in_order = {name: parts[name] for name in sorted(parts, key=order.index)}  # as saved, so that it is saved alike
         try:
-            made.setdefault(id(experts), PackedExperts(experts, parts))
+            made.setdefault(id(experts), PackedExperts(experts, in_order))
         except ValueError as error:
             raise CheckpointError(f"{manifest.path}, experts {path}: {error}") from error
         modules[path] = made[id(experts)]
@@ -199,12 +232,26 @@ def _serves(found: TensorInfo, wanted: TensorInfo) -> bool:
     return found.dtype == wanted.dtype or (wanted.dtype.is_floating_point and found.dtype in FLOATS)
 
 
-def _read_sites(file: Any, manifest: Manifest) -> dict[str, Packed]:
-    names, orders = set(file.keys()), _read_orders(file, manifest)
+Read = Callable[[str], Tensor]
+"""Gives a tensor of the weights by its name."""
+
+
+def packed_modules(manifest: Manifest, header: Header, read: Read) -> dict[str, Packed]:
+    """Build all that a checkpoint holds packed, by the names of the manifest.
+
+    Args:
+        manifest: of the checkpoint.
+        header: of its weights, which fits the manifest.
+        read: gives the tensors; only widths, masks and permutations must have values.
+
+    Raises:
+        CheckpointError: if tensors have impossible values or do not fit each other.
+    """
+    orders = _read_orders(manifest, read)
     modules: dict[str, Packed] = {}
     for site, entry in manifest.entries.items():
         parts = SITE_PARTS if isinstance(entry, SiteEntry) else STACK_PARTS
-        tensors = {p: _read(file, f"{site}.{p}", manifest) if f"{site}.{p}" in names else None for p in parts}
+        tensors = {part: read(f"{site}.{part}") if f"{site}.{part}" in header else None for part in parts}
         order = None if entry.permutation is None else orders[entry.permutation]
         try:
             if isinstance(entry, SiteEntry):
@@ -223,12 +270,12 @@ def _packed_stack(entry: StackEntry, permutation: Tensor | None, parts: Mapping[
     return PackedStack(weights, permutation=permutation, dtype=dtype, transposed=entry.transposed)
 
 
-def _read_orders(file: Any, manifest: Manifest) -> dict[int, Tensor]:
+def _read_orders(manifest: Manifest, read: Read) -> dict[int, Tensor]:
     """Every permutation once: the sites of an input group share it."""
     sizes = {e.permutation: e.in_features for e in manifest.entries.values() if e.permutation is not None}
     orders = {}
     for number, channels in sizes.items():
-        orders[number] = _read(file, f"{PERMUTATION}{number}", manifest)
+        orders[number] = read(f"{PERMUTATION}{number}")
         try:
             check_order(orders[number], channels, f"{PERMUTATION}{number}")
         except ValueError as error:
@@ -247,17 +294,9 @@ def _packed_module(
     return MixedPrecisionLinear(weight, permutation=permutation, bias=parameter, dtype=getattr(torch, entry.dtype))
 
 
-def _read(file: Any, name: str, manifest: Manifest) -> Tensor:
-    try:
-        tensor: Tensor = file.get_tensor(name)
-    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{manifest.weights} is damaged: {name} cannot be read: {error}.") from error
-    return tensor
-
-
-def _read_dense(file: Any, manifest: Manifest, header: Header) -> dict[str, Tensor]:
+def _read_dense(weights: Weights, manifest: Manifest) -> dict[str, Tensor]:
     below = (*inside(manifest.entries), PERMUTATION)
-    state = {name: _read(file, name, manifest) for name in header if not name.startswith(below)}
+    state = {name: weights.read(name) for name in weights.header if not name.startswith(below)}
     return state | {name: state[original] for name, original in manifest.tied.items()}
 
 
@@ -278,8 +317,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _fill(skeleton: nn.Module, state: dict[str, Tensor], manifest: Manifest) -> None:
     for name in [name for name in state if name.startswith(BUFFER)]:
-        path, _, leaf = name.removeprefix(BUFFER).rpartition(".")
-        skeleton.get_submodule(path)._buffers[leaf] = state.pop(name)
+        set_buffer(skeleton, name.removeprefix(BUFFER), state.pop(name))
     try:
         unknown = skeleton.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:  # of a module with rules of its own
@@ -287,6 +325,12 @@ def _fill(skeleton: nn.Module, state: dict[str, Tensor], manifest: Manifest) -> 
     if unknown:
         raise CheckpointError(f"{manifest.weights} holds {unknown[:5]}, which the model does not take.")
     _tie(skeleton, manifest)
+
+
+def set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a buffer, whether the state dict holds it or not."""
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._buffers[leaf] = value
 
 
 def _tie(skeleton: nn.Module, manifest: Manifest) -> None:

@@ -2,11 +2,17 @@
 
 It says which modules are packed and which tensors share memory. It may come from anywhere: whatever is odd in it
 raises :class:`CheckpointError`.
+
+Of a transformers model it stands in two files. ``mpfx.json`` is mpfx's own and says that the folder is whole. The
+``quantization_config`` of ``config.json`` says the same once more, because ``from_pretrained`` of a Hub id sees no
+other file of ours, and because ``save_pretrained`` writes no other: a reference to ``mpfx.json`` would lead nowhere
+there. A folder in which the two differ is refused; where ``mpfx.json`` is lacking, ``config.json`` serves.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,14 @@ from mpfx.nn import SEGMENT
 FORMAT = "mpfx"
 VERSION, VERSION_WITH_EXPERTS = 1, 2
 MANIFEST = "mpfx.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The weights file, and the file beside its shards that says which tensor is in which."""
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+"""What transformers rebuilds a model from."""
+
+QUANTIZATION = "quantization_config"
+"""The part of ``config.json`` that says what is packed."""
 
 RESERVED = "mpfx:"
 """Begins the names in the weights file that are no name of a model; a model with such names is not saved."""
@@ -93,6 +106,7 @@ class Manifest:
         experts: packed stacks of experts by the path of the parameter that each one stands for.
         tied: tensors that are not stored, with the stored tensor whose memory each one shares.
         library: "transformers" or None.
+        file: that it stands in.
     """
 
     folder: Path
@@ -100,6 +114,7 @@ class Manifest:
     experts: Mapping[str, StackEntry]
     tied: Mapping[str, str]
     library: str | None
+    file: str = MANIFEST
 
     @property
     def entries(self) -> dict[str, SiteEntry | StackEntry]:
@@ -109,7 +124,7 @@ class Manifest:
     @property
     def path(self) -> Path:
         """The manifest's file."""
-        return self.folder / MANIFEST
+        return self.folder / self.file
 
     @property
     def weights(self) -> Path:
@@ -122,18 +137,25 @@ class Manifest:
         Raises:
             ValueError: if JSON cannot hold ``extra``.
         """
-        sites = {path: asdict(entry) for path, entry in self.sites.items()}
-        version = VERSION_WITH_EXPERTS if self.experts else VERSION  # earlier readers know all but the experts
-        data: dict[str, Any] = {"format": FORMAT, "version": version, "segment": SEGMENT, "sites": sites}
-        if self.experts:
-            data["experts"] = {path: asdict(entry) for path, entry in self.experts.items()}
-        data |= {"tied": dict(self.tied), "extra": dict(extra)}
+        data: dict[str, Any] = {"format": FORMAT, **self._description(), "extra": dict(extra)}
         if self.library is not None:
             data["library"] = self.library
         try:
             return json.dumps(data, indent=1, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise ValueError(f"Expected `extra` to be plain data that JSON can hold: {error}.") from error
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The same for ``config.json``, without what the caller added."""
+        return {"quant_method": FORMAT, **self._description()}
+
+    def _description(self) -> dict[str, Any]:
+        version = VERSION_WITH_EXPERTS if self.experts else VERSION  # earlier readers know all but the experts
+        sites = {path: asdict(entry) for path, entry in self.sites.items()}
+        data: dict[str, Any] = {"version": version, "segment": SEGMENT, "sites": sites, "tied": dict(self.tied)}
+        if self.experts:
+            data["experts"] = {path: asdict(entry) for path, entry in self.experts.items()}
+        return data
 
 
 def inside(sites: Iterable[str]) -> tuple[str, ...]:
@@ -146,14 +168,59 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if it is not one that this version writes.
+        CheckpointError: if it is not one that this version writes, or ``config.json`` says something else.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if path.is_file():
+        manifest = parse_manifest(folder, path.read_bytes())
+        other = read_config(folder) if manifest.library is not None else None
+        if other is not None:
+            check_agreement(manifest, other)
+        return manifest
+    found = read_config(folder)
+    if found is None:
         raise FileNotFoundError(
             f"{folder} holds no {MANIFEST}: not an mpfx checkpoint, or one whose saving did not finish."
         )
-    return parse_manifest(folder, path.read_bytes())
+    return found
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder says that it is an mpfx checkpoint; not whether it is a sound one."""
+    return (Path(path) / MANIFEST).is_file() or _quantization(Path(path)) is not None
+
+
+def read_config(folder: Path) -> Manifest | None:
+    """What the ``config.json`` of a folder says is packed; None if it says nothing of mpfx.
+
+    Raises:
+        CheckpointError: if it is not what this version writes.
+    """
+    found = _quantization(folder)
+    return None if found is None else replace(parse_config(found), folder=folder)
+
+
+def _quantization(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):  # none, or none that can be read: transformers says so in its own words
+        return None
+    found = config.get(QUANTIZATION) if isinstance(config, dict) else None
+    return found if isinstance(found, dict) and found.get("quant_method") == FORMAT else None
+
+
+def check_agreement(manifest: Manifest, other: Manifest) -> None:
+    """Compare two manifests of a folder.
+
+    Raises:
+        CheckpointError: if they describe different checkpoints.
+    """
+    for what in ("sites", "experts", "tied"):
+        if getattr(manifest, what) != getattr(other, what):
+            raise CheckpointError(
+                f"{manifest.folder}: expected {manifest.file} and {other.file} to describe the same checkpoint but got "
+                f"other `{what}`: save the model again, to a new folder."
+            )
 
 
 def parse_manifest(folder: Path, text: str | bytes) -> Manifest:
@@ -162,11 +229,25 @@ def parse_manifest(folder: Path, text: str | bytes) -> Manifest:
     Raises:
         CheckpointError: if it is not one that this version writes.
     """
-    path = folder / MANIFEST
     try:
         data = json.loads(text if isinstance(text, str) else text.decode())
     except ValueError as error:
-        raise CheckpointError(f"{path} is not a manifest of mpfx: {error}.") from error
+        raise CheckpointError(f"{folder / MANIFEST} is not a manifest of mpfx: {error}.") from error
+    return _manifest(folder, MANIFEST, data)
+
+
+def parse_config(found: Mapping[str, Any]) -> Manifest:
+    """Check the ``quantization_config`` of a ``config.json``, wherever that file is.
+
+    Raises:
+        CheckpointError: if it is not one that this version writes.
+    """
+    rest = {name: value for name, value in found.items() if name != "quant_method"}
+    return _manifest(Path(), CONFIG, {**rest, "format": found.get("quant_method"), "library": "transformers"})
+
+
+def _manifest(folder: Path, file: str, data: Any) -> Manifest:
+    path = folder / file
     _check_top(path, data)
     found_sites, found_experts = data["sites"], data.get("experts", {})
     for site, entry in found_sites.items():
@@ -177,7 +258,7 @@ def parse_manifest(folder: Path, text: str | bytes) -> Manifest:
         raise CheckpointError(f"{path}: expected {both[:5]} in one of `sites` and `experts` but got it in both.")
     sites = {site: SiteEntry(**entry) for site, entry in found_sites.items()}
     experts = {site: StackEntry(**entry) for site, entry in found_experts.items()}
-    return Manifest(folder, sites, experts, data["tied"], data.get("library"))
+    return Manifest(folder, sites, experts, data["tied"], data.get("library"), file)
 
 
 def _is(value: Any) -> Callable[[Any], bool]:

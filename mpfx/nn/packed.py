@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpfx.nn.kernels import packed_linear
 from mpfx.nn.layout import permutation_bytes
 from mpfx.nn.packing import FLOAT_PARTS, PARTS, PackedWeight, unpack
 
@@ -43,7 +44,7 @@ class PackedModule(nn.Module):
 class MixedPrecisionLinear(PackedModule):
     """A Linear layer over a :class:`PackedWeight`: any mix of widths, optional bitmask, optional channel order.
 
-    Eager PyTorch: it unpacks the weight for every call, on any device and in any floating dtype of the input. Its
+    Runs on any device and in any floating dtype of the input; which kernel does it, :mod:`mpfx.nn.kernels` tells. Its
     buffers are the tensors of :attr:`PackedWeight.parts`.
 
     Args:
@@ -101,9 +102,9 @@ class MixedPrecisionLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., in)``; returns ``(..., out)``."""
-        if self.permutation is not None:
-            x = x.index_select(-1, self.permutation.to(torch.int32))
-        return nn.functional.linear(x, unpack(self.packed).dequantize().to(x.dtype), self.bias)
+        if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does there
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return packed_linear(x, self.packed, self.permutation, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear shows them, and the code bits."""

@@ -67,7 +67,7 @@ class PackedWeight:
             are left out have none.
         scales: float16 ``(out, grids)``, one column per quantized group; or coded.
         zeros: int32 ``(words,)``: per quantized group the packed zero points of all rows; None if symmetric.
-        mask: int32 ``(segments, out)``, bit k of a word is channel k of the segment, 1 = kept, all 0 where the
+        mask: int32 ``(segments, out)``, one bit a channel of the segment, 1 = kept, all 0 where the
             segment is left out; None: nothing is pruned within the others.
         widths: uint8 ``(segments,)``.
         layout: of the channels.
@@ -201,7 +201,8 @@ def _segments_by_width(layout: Layout, device: torch.device) -> list[tuple[int, 
 def _by_segment(values: Tensor, segment: int) -> Tensor:
     """``(rows, in)`` as ``(segments, rows, segment)``, the last segment filled up with zeros."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % segment))
-    return padded.unflatten(1, (-1, segment)).transpose(0, 1)
+    by_segment: Tensor = padded.unflatten(1, (-1, segment)).transpose(0, 1)
+    return by_segment
 
 
 def _pack_streams(weight: QuantizedWeight) -> Tensor:
@@ -250,6 +251,8 @@ def _unpack_zeros(packed: PackedWeight) -> Tensor | None:
 def validate(packed: PackedWeight) -> None:
     """Check that the tensors of a packed weight fit its layout; for data from outside.
 
+    Scales, codes and zero points may be on the meta device: then their sizes are checked.
+
     Raises:
         ValueError: naming the tensor, what it is, and what the layout asks for.
     """
@@ -290,6 +293,8 @@ def _validate_scales(packed: PackedWeight, layout: Layout) -> tuple[int, int]:
 
 
 def _validate_values(name: str, scales: Tensor) -> None:
+    if scales.is_meta:
+        return  # has no values yet
     if wrong := int((~(scales.isfinite() & (scales >= 0))).sum()):
         raise ValueError(
             f"Expected `{name}` to be finite and not negative but {wrong} of {scales.numel()} are negative, "
@@ -304,11 +309,24 @@ def count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
         ValueError: if it is not int32 ``(segments, rows)``, or keeps weights of segments that are left out.
     """
     _expect("mask", mask, (len(layout.widths), rows), torch.int32)
-    alive = unpack_codes(mask.t(), 1, layout.in_features)
-    kept = tuple(int(alive[:, run.start : run.stop].sum()) for run in layout.runs)
+    counts = _segment_counts(mask, layout)
+    kept = tuple(sum(counts[run.start // SEGMENT : -(-run.stop // SEGMENT)]) for run in layout.runs)
     if any(count for count, run in zip(kept, layout.runs, strict=True) if run.bits == LEFT_OUT):
         raise ValueError("Expected `mask` to keep nothing of the segments that are left out but it does.")
     return kept
+
+
+def _segment_counts(mask: Tensor, layout: Layout) -> list[int]:
+    """Bits that are set, by segment: in the mask's own size, as unpacking it would take 32 times as much."""
+    inside = torch.full((len(mask), 1), -1, dtype=torch.int32, device=mask.device)
+    if rest := layout.in_features % SEGMENT:
+        inside[-1] = pack_codes(torch.ones(rest, dtype=torch.int32, device=mask.device), 1)
+    bits = mask & inside
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    counts: list[int] = ((bits * 0x01010101 >> 24) & 0xFF).sum(1).tolist()
+    return counts
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

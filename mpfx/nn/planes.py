@@ -1,9 +1,9 @@
 """Bits in, bits out: planar codes.
 
 A block of 32 codes of b bits is stored as exactly b 32-bit words, in planes of 8, 4, 2 and 1 bits (3 = 2 + 1, 5 = 4
-+ 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 16 = 8 + 8), the largest plane first and holding the lowest bits of every code. Inside
-a plane of p bits, code k lies at bit ``k * p`` of the plane's p words, least significant bit first. Nothing
-straddles a word.
++ 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 16 = 8 + 8), the largest plane first and holding the lowest bits of every code. Each of
+the p words of a plane of p bits holds 32 / p codes, and code k of a word lies at bit ``8 * (k % 4) + p * (k // 4)``: so
+codes 4i .. 4i+3 are the four bytes of ``word >> (p * i)``, masked, whatever p is. Nothing straddles a byte.
 """
 
 import torch
@@ -62,4 +62,6 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _shifts(size: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 32, size, dtype=torch.int32, device=device)
+    """Where the codes of a word lie in it, ``(32 / size,)``."""
+    code = torch.arange(32 // size, dtype=torch.int32, device=device)
+    return code % 4 * 8 + code // 4 * size

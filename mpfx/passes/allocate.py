@@ -14,6 +14,7 @@ from mpfx.allocate import (
     GroupPlan,
     block_means,
     budget,
+    check_ties,
     choose,
     code_bits_per_weight,
     confined_order,
@@ -134,7 +135,9 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
     """
     shared = domains(gm, config)
     if config.allocation == "optimal":
-        _check_ties([members for _, members, _ in shared], config)
+        check_ties(
+            config.optimal.ties, [[(g.name, [s.path for s in g.sites]) for g in members] for _, members, _ in shared]
+        )
         for target, groups, _ in shared:
             _chosen(gm, unmeasured_frontier(gm, groups, config), target, config)
         return
@@ -152,19 +155,6 @@ def check_feasible(gm: fx.GraphModule, config: CompressionConfig) -> None:
                 f"Expected `bits_per_weight` of at least {least:.3f} (up to {most:.3f} is of use) for these sites with "
                 f"allocation {config.allocation}, groups of {config.grid.group_size} and sparsity {config.pattern} but "
                 f"got {target:g}."
-            )
-
-
-def _check_ties(shared: Sequence[Sequence[InputGroup]], config: CompressionConfig) -> None:
-    for tie in config.optimal.ties:
-        bound = [
-            [g.name for g in members if any(fnmatchcase(s.path, pattern) for s in g.sites for pattern in tie)]
-            for members in shared
-        ]
-        if sum(map(bool, bound)) > 1:
-            raise ValueError(
-                f"Expected what `optimal.ties` holds together to share one budget but `block_bits` parts {list(tie)}: "
-                f"{' from '.join(str(names[:3]) for names in bound if names)}."
             )
 
 

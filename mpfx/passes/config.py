@@ -98,6 +98,7 @@ class CompressionConfig:
             )
         if self.distortion not in ("measured", "signals"):
             raise ValueError(f"Expected `distortion` to be measured or signals but got {self.distortion!r}.")
+        self._check_used()
         if self.order not in ("auto", "activation", "natural"):
             raise ValueError(f"Expected `order` to be auto, activation or natural but got {self.order!r}.")
         if not 0 < self.damping <= 1:
@@ -115,6 +116,21 @@ class CompressionConfig:
         self._check_bits("bits_per_weight" if self.code_bits is None else "code_bits", self.target)
         for name, bits in self.block_bits.items():
             self._check_bits(f"block_bits.{name}", bits)
+
+    def _check_used(self) -> None:
+        """Refuse what would be silently ignored."""
+        if self.allocation != "optimal":
+            for name, default in (("optimal", OptimalConfig()), ("distortion", "measured")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"Expected no `{name}` with allocation {self.allocation}, which makes no use of it, but got "
+                        f"{getattr(self, name)}: set `allocation: optimal`, or leave it out."
+                    )
+        if not self.scored and self.importance != ImportanceConfig():
+            raise ValueError(
+                f"Expected no `importance` with allocation {self.allocation}, which scores nothing, but got "
+                f"{self.importance}: set `allocation` to threshold, quantile or budget, or leave it out."
+            )
 
     def _check_bits(self, name: str, bits: float) -> None:
         if self.code_bits is None:

@@ -40,12 +40,33 @@ class Reading:
         weights: of the tokens in the Hessians, ``(tokens,)`` for every call, by group.
         references: what the group reads in another model, for every call, by group.
         paused: this run is not to be observed.
+        amiss: groups that read other tokens than weights or references were gathered for, which were left away then:
+            their calls depend on the values (a router that sends tokens to one expert or another).
     """
 
     masks: Masks = field(default_factory=dict)
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
     references: dict[str, list[Tensor]] = field(default_factory=dict)
     paused: bool = False
+    amiss: set[str] = field(default_factory=set)
+
+    def next_weights(self, name: str, x: Tensor) -> Tensor | None:
+        """Weights of the tokens that a group reads now; None: all alike."""
+        return self._next(self.weights, name, x.numel() // x.shape[-1])
+
+    def next_reference(self, name: str, x: Tensor) -> Tensor | None:
+        """What the group reads in the other model now, of the shape of x; None: not known."""
+        found = self._next(self.references, name, x.numel())
+        return None if found is None else found.view(x.shape)
+
+    def _next(self, queues: Mapping[str, list[Tensor]], name: str, numel: int) -> Tensor | None:
+        if name not in queues:
+            return None
+        found = queues[name].pop(0) if queues[name] else None
+        if found is not None and found.numel() == numel:
+            return found
+        self.amiss.add(name)
+        return None
 
 
 @contextmanager
@@ -69,9 +90,9 @@ def observed(
             return
         if name not in moments:
             moments[name] = MomentAccumulator(x.shape[-1], x.device)
-        weights = weigh(name, x, now.masks, _next(now.weights, name))
+        weights = weigh(name, x, now.masks, now.next_weights(name, x))
         with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
-            moments[name].update(x, weights, _next(now.references, name))
+            moments[name].update(x, weights, now.next_reference(name, x))
 
     with inputs_read(gm, groups, add):
         yield moments
@@ -91,20 +112,10 @@ def token_weights(
             mask = None
         if weights is None:
             return mask
-        if weights.numel() != tokens:
-            raise ValueError(
-                f"group {name} reads {tokens} tokens, but sensitivities were gathered for {weights.numel()}: its "
-                "calls depend on the values; set `guidance: 0`."
-            )
         weights = weights.to(x.device)
         return weights if mask is None else weights * mask.flatten()
 
     return weigh
-
-
-def _next(queues: Mapping[str, list[Tensor]], name: str) -> Tensor | None:
-    queue = queues.get(name)
-    return queue.pop(0) if queue else None
 
 
 @contextmanager

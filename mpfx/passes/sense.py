@@ -1,8 +1,9 @@
 """Sensitivities of the loss: a backward pass over the calibration batches, weights frozen."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +26,14 @@ class _Call:
     """One reading of a group's input: the squared gradients at the outputs of its sites add up here."""
 
     x: Tensor
+    version: int
     squares: Tensor
     heard: bool
+
+    @property
+    def changed(self) -> bool:
+        """Whether the input was written to since it was read."""
+        return self.x._version != self.version
 
 
 class Sensing:
@@ -50,32 +57,71 @@ class Sensing:
         self._expert_moments: Accumulators = {}
         self._batches: dict[str, list[list[Tensor]]] = {group.name: [] for group in self._linear}
         self._gradients: dict[str, float] = defaultdict(float)
+        self._overwritten: set[str] | None = None
         self._weigh = token_weights(gm, groups)
 
-    def batch(self, loss: Callable[[], Tensor], masks: Masks, root: nn.Module | None = None) -> None:
+    def batch(
+        self,
+        loss: Callable[[], Tensor],
+        masks: Masks,
+        root: nn.Module | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """Run one batch forward and backward.
 
         Args:
             loss: runs the model and returns a differentiable scalar.
             masks: padding of the batch.
             root: what the loss runs, if it is more than the traced module: its parameters gather no gradient.
+            around: entered around every run of the loss, so that all runs see the same random numbers.
 
         Raises:
-            ValueError: if the loss cannot be differentiated.
+            ValueError: if the loss cannot be differentiated, or it or its gradient is not finite.
+        """
+        with around():
+            calls = self._run(loss, masks, root)
+        if calls is None:  # the first batch told which inputs have to be copied
+            self._expert_moments.clear()
+            with around():
+                calls = self._run(loss, masks, root)
+        assert calls is not None
+        for name, found in calls.items():
+            if any(call.changed for call in found):
+                raise ValueError(
+                    f"the input of group {name} is written to in place after it was read, in some batches only: write "
+                    "`h = h + y` instead of `h += y` there, or set `guidance: 0`."
+                )
+            for call in found:
+                self._add(name, call, masks)
+            self._batches[name].append([call.squares.cpu() for call in found])
+            found.clear()  # a step that keeps its loss keeps the hooks too: not the inputs
+
+    def _run(self, loss: Callable[[], Tensor], masks: Masks, root: nn.Module | None) -> dict[str, list[_Call]] | None:
+        """One run forward and backward.
+
+        Returns:
+            What every group read, with the squared gradients; None if the first run found inputs that the model writes
+            to after they were read.
         """
         calls: dict[str, list[_Call]] = {group.name: [] for group in self._linear}
-        with torch.inference_mode(False), torch.enable_grad(), self._hooked(calls, masks, root):
+        with torch.inference_mode(False), torch.enable_grad(), _deterministic(), self._hooked(calls, masks, root):
             value = loss()
             _check_loss(value)
+            if self._overwritten is None:
+                self._overwritten = {name for name, found in calls.items() if any(call.changed for call in found)}
+                if self._overwritten:
+                    return None
             before = {name: len(found) for name, found in calls.items()}
             value.backward()
-        for name, found in calls.items():
-            # Checkpoints run parts again during the backward pass, some of them beside the graph.
-            real = [call for index, call in enumerate(found) if index < before[name] or call.heard]
-            for call in real:
-                self._add(name, call, masks)
-            self._batches[name].append([call.squares.cpu() for call in real])
-            found.clear()  # a step that keeps its loss keeps the hooks too: not the inputs
+        # Checkpoints run parts again during the backward pass, some of them beside the graph.
+        real = {n: [c for i, c in enumerate(found) if i < before[n] or c.heard] for n, found in calls.items()}
+        for name, found in real.items():
+            if not all(bool(torch.isfinite(call.squares).all()) for call in found):
+                raise ValueError(
+                    f"the gradient of the loss at the outputs of group {name} is not finite: look at the data of this "
+                    "batch, and at the compute precision (float16 overflows where bfloat16 and float32 do not)."
+                )
+        return real
 
     def finalise(self) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
         """Hand over the guided moments and the sensitivities by name of the group; keeps none, as they are large.
@@ -133,7 +179,8 @@ class Sensing:
             for group in self._linear:
                 rows = sum(site.out_features for site in group.sites)
                 for site in group.sites:
-                    hook = _site_hook(calls[group.name], rows)
+                    copied = self._overwritten is not None and group.name in self._overwritten
+                    hook = _site_hook(calls[group.name], rows, copied)
                     module = model.get_submodule(site.path)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             if self._experts:
@@ -166,7 +213,7 @@ class Sensing:
             stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
 
 
-def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
+def _site_hook(calls: list[_Call], rows: int, copied: bool) -> Callable[..., Tensor | None]:
     """A forward hook of one site: its k-th call takes part in the k-th reading of its group."""
     count = 0
 
@@ -178,7 +225,9 @@ def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written to in place
         if count == len(calls):
             x = argument(args, kwargs).detach()
-            calls.append(_Call(x, x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32), False))
+            x = x.clone() if copied else x
+            squares = x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32)
+            calls.append(_Call(x, x._version, squares, False))
         call = calls[count]
         count += 1
 
@@ -198,6 +247,11 @@ def _requiring_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor
 
 def _check_loss(value: Any) -> None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"the loss is {float(value.detach())}: look at the data of this batch, and at the compute precision "
+                "(float16 overflows where bfloat16 and float32 do not)."
+            )
         return
     found = type(value).__name__
     if isinstance(value, Tensor):
@@ -208,6 +262,19 @@ def _check_loss(value: Any) -> None:
         f"{found}: return the loss from `validation_step`, hand a function over as `ModelCompression(..., loss=...)`, "
         "or set `guidance: 0` to compress without it."
     )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """The backward pass of attention adds up in another order at every run, on GPUs, unless asked not to."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what knows no other way runs as it does
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 @contextmanager

@@ -24,6 +24,11 @@ from mpfx.stats import Moments, Sensitivity
 SOLVED = "mpfx_solved"
 """Key of ``node.meta`` under which a group's :class:`SolvedGroup` lies, by the group's name."""
 
+_AMISS = (
+    "it reads other tokens after compression, as its calls depend on the values: those that neither sensitivities nor "
+    "the dense model's values fit count like all others"
+)
+
 logger = logging.getLogger("mpfx.solve")
 
 
@@ -186,6 +191,12 @@ class PruneAndQuantize(Pass):
                 f"Expected sensitivities of every input group with guidance but {lacking[:5]} have none: "
                 "gather them in calibration (`guidance` above 0 there too), or set `guidance: 0`."
             )
+        counts = {len(found.batches) for found in self.sensitivities.values()} if self.config.guidance else set()
+        if counts - {len(self.batches)}:
+            raise ValueError(
+                f"Expected sensitivities of {len(self.batches)} batches, those that are calibrated on, but got some of "
+                f"{sorted(counts)}."
+            )
 
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:
@@ -228,8 +239,8 @@ class PruneAndQuantize(Pass):
         alike = [stream.dense is None for stream in streams]
         for groups in steps:
             with solved_weights(gm, here.values()):
-                moments = self._observe(gm, block, groups, streams, None if here else later)
-            here.update(self._solve(gm, block, groups, moments))
+                moments, amiss = self._observe(gm, block, groups, streams, None if here else later)
+            here.update(self._solve(gm, block, groups, moments, amiss))
         if not later:
             return here
         for stream, same in zip(streams, alike, strict=True):
@@ -248,19 +259,23 @@ class PruneAndQuantize(Pass):
         groups: Sequence[InputGroup],
         streams: Sequence["_Stream"],
         later: Sequence[Block] | None,
-    ) -> Accumulators:
-        """Gather the moments of what groups read, next to the dense model's, which goes on to the next block."""
-        reading = [Reading()]
+    ) -> tuple[Accumulators, set[str]]:
+        """Gather the moments of what groups read, next to the dense model's, which goes on to the next block.
+
+        Returns:
+            The moments, and the groups that read other tokens than weights or the dense model's values were known for.
+        """
+        reading, amiss = [Reading()], set[str]()
         with observed(gm, groups, lambda: reading[0]) as moments:
             for index, stream in enumerate(streams):
                 references = {}
                 if stream.dense is not None and later is not None:
                     reading[0] = Reading(paused=True)
                     references = self._dense_step(gm, block, groups, stream, later)
-                reading[0] = Reading(stream.masks, self._weights(groups, index), references)
+                reading[0] = Reading(stream.masks, self._weights(groups, index), references, amiss=amiss)
                 with self.context():
                     block.module(**{name: stream.values[name] for name in block.needs})
-        return moments
+        return moments, amiss
 
     def _weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
         if not self.config.guidance:
@@ -285,7 +300,12 @@ class PruneAndQuantize(Pass):
         return found
 
     def _solve(
-        self, gm: fx.GraphModule, block: Block, groups: Sequence[InputGroup], moments: Accumulators
+        self,
+        gm: fx.GraphModule,
+        block: Block,
+        groups: Sequence[InputGroup],
+        moments: Accumulators,
+        amiss: set[str],
     ) -> Iterator[tuple[str, SolvedGroup]]:
         model, plans = traced_module(gm), annotations(gm, PLAN)
         try:
@@ -294,10 +314,18 @@ class PruneAndQuantize(Pass):
                     if seen is None:
                         raise ValueError("its input was never computed")
                     weights = {site.path: site.weight(model) for site in group.sites}
-                    solved = solve_group(plans[group.name], weights, seen, self.config, note)
+                    notes = [note, self._unguided(group), _AMISS if group.name in amiss else None]
+                    told = "; ".join(filter(None, notes)) or None
+                    solved = solve_group(plans[group.name], weights, seen, self.config, told)
                 yield group.name, solved
         except ValueError as error:
             raise ValueError(f"block {block.name}, {error}") from error
+
+    def _unguided(self, group: InputGroup) -> str | None:
+        """Why the tokens of a group count all alike although guidance was asked for."""
+        if not self.config.guidance or group.name in self.sensitivities:
+            return None
+        return "its tokens count all alike: nobody sees the outputs of experts in one parameter"
 
     def _after(self, block: Block, values: Mapping[str, Any], later: Sequence[Block]) -> dict[str, Any]:
         with self.context():

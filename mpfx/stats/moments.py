@@ -68,7 +68,7 @@ class MomentAccumulator:
             x: ``(..., in)``, any floating dtype; summed in float32 and float64.
             weights: ``(...)``, non-negative weight c_t of every token. Tokens of weight 0 (padding) do not count at
                 all.
-            reference: what another model reads in the place of x, ``(..., in)``; from the first batch on or never.
+            reference: what another model reads in the place of x, ``(..., in)``; None: the same, or not known.
         """
         x = x.detach().flatten(0, -2).float()
         off = None if reference is None else reference.detach().flatten(0, -2).float() - x
@@ -92,7 +92,8 @@ class MomentAccumulator:
         """Add what another accumulator saw."""
         for mine, its in zip(self._sums(), other._sums(), strict=True):
             mine.add_(its.to(mine.device))
-        if self._drift is not None and other._drift is not None:
+        if other._drift is not None:
+            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
             self._drift.add_(other._drift.to(self._drift.device))
         self.tokens += other.tokens
 

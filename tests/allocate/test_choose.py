@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mpfx.allocate import Frontier, GroupFrontier, OptimalConfig, WidthLimit, choose, with_curves
+from mpfx.allocate.choose import feasible_bits
 from mpfx.allocate.frontier import count_bytes, measure_curve
 from mpfx.nn import Layout, stored_bytes
 from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, sweep
@@ -43,6 +44,18 @@ def test_a_stored_budget_is_met_from_below(target: float) -> None:
     step = max(rows * 64 / 8 + 100 for rows, _ in SIZES.values())  # one unit, one bit
     assert stored > target * numel / 8 - step
     assert found.distortion <= found.bound * 1.005
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.25", "2:4"])
+def test_feasible_budgets_of_masked_codes_are_met(pattern: str) -> None:
+    sizes = {f"{i}.{name}": size for i in range(4) for name, size in (("q", (96, 64)), ("d", (64, 160)))}
+    measured, numel = frontier(sizes, (Sparsity.parse(pattern),)), 4 * (96 * 64 + 64 * 160)
+    least, most = feasible_bits(measured, OptimalConfig())
+    for step in range(1, 40):
+        target = least * 1.02 + (most - least) * step / 40
+        found = choose(measured, target, OptimalConfig())
+        assert 0.985 * target * numel / 8 < found.stored_bytes <= target * numel / 8
+        assert found.bound <= found.distortion
 
 
 def test_more_bytes_never_harm() -> None:

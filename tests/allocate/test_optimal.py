@@ -1,6 +1,5 @@
 """The knapsack solver against brute force, against HiGHS, and against cases worked out by hand."""
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +12,6 @@ from scipy.sparse import coo_array
 from mpfx.allocate.optimal import Mode, Solution, feasible_range, optimal
 
 Groups = list[list[Mode]]
-MODULE = importlib.import_module("mpfx.allocate.optimal")  # for its caps
 
 
 def mode(stored: Sequence[Sequence[int]], distortion: Sequence[Sequence[float]], base: int = 0) -> Mode:
@@ -118,12 +116,17 @@ def test_small_models_are_solved_exactly(curve: str, size: str) -> None:
 
 @pytest.mark.parametrize(
     "caps",
-    [{"MAX_TRANSITIONS": 0}, {"MAX_TRANSITIONS": 16}, {"MAX_STATES": 1}, {"MAX_CHOICES": 1, "MIN_CHOICES": 1}],
+    [
+        {"optimal.MAX_TRANSITIONS": 0},
+        {"optimal.MAX_TRANSITIONS": 16},
+        {"core.MAX_STATES": 1},
+        {"optimal.MAX_CHOICES": 1, "optimal.MIN_CHOICES": 1},
+    ],
     ids=str,
 )
 def test_beyond_the_caps_the_bound_still_holds(caps: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, cap in caps.items():
-        monkeypatch.setattr(MODULE, name, cap)
+        monkeypatch.setattr(f"mpfx.allocate.{name}", cap)
     unproven = 0
     for seed in range(30):
         groups = small(seed, "noisy", "bytes")
@@ -229,7 +232,7 @@ def test_middle_sized_models_against_highs(shape: Shape, share: float) -> None:
 def test_large_models_are_nearly_optimal_and_spend_the_budget(
     ragged: bool, transitions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "MAX_TRANSITIONS", transitions)
+    monkeypatch.setattr("mpfx.allocate.optimal.MAX_TRANSITIONS", transitions)
     groups = model(Shape(40, 60, rows=(4096, 12288, 22016), ragged=ragged))
     for share in (0.05, 0.2, 0.4, 0.7, 0.95):
         budget = within(groups, share)
@@ -315,8 +318,8 @@ def test_bytes_that_buy_nothing_are_not_spent() -> None:
 
 
 def test_what_no_option_can_spend_does_not_loosen_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cap in ("MIN_CHOICES", "MAX_CHOICES"):
-        monkeypatch.setattr(MODULE, cap, 1)  # of two equal modes only one is tried: the bound is the dual one
+    for cap in ("MIN_CHOICES", "MAX_CHOICES"):  # of two equal modes only one is tried: the bound is the dual one
+        monkeypatch.setattr(f"mpfx.allocate.optimal.{cap}", 1)
     eights = mode([[0, 8, 16, 5]] * 9, [[4, 2, 1, np.inf]] * 9, base=3)
     groups = [[eights, eights], [mode([[0, 8]], [[0, 0]])]]
     for budget in (3 + 24, 3 + 24 + 7):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,20 @@ def test_budgets_are_answered_and_blocks_keep_their_own(domains: list[Domain]) -
     assert total == pytest.approx(found.bits_per_weight)
     with pytest.raises(ValueError, match="`bits_per_weight` of at least"):
         answer(domains, low / 2)
+
+
+def test_constraints_of_the_run_hold_where_no_others_are_named(domains: list[Domain], tmp_path: Path) -> None:
+    config = OptimalConfig(limits=(WidthLimit(pattern="*.q_proj", least=4),), ties=(("*.o_proj", "*.q_proj"),))
+    save_frontier([domain._replace(constraints=config) for domain in domains], tmp_path)
+    loaded = load_frontier(tmp_path)
+    assert loaded[0].constraints == config
+    plans = {plan.name: plan for plan in answer(loaded, 4.6).plans}
+    assert int(plans["q"].bits.min()) >= 4
+    assert plans["q"].layout.widths == plans["o"].layout.widths
+    free = replace(OptimalConfig(), widths=WIDTHS)
+    assert int(answer(loaded, 3.5, free).plans[0].bits.min()) < 4
+    with pytest.raises(ValueError, match="share one budget"):
+        answer(loaded, 4.6, replace(free, ties=(("*.q_proj", "*.down_proj"),)))
 
 
 def test_constraints_hold_and_have_to_match(domains: list[Domain]) -> None:

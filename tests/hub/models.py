@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mpfx
+from mpfx.graph import is_linear, linear_weight
 from mpfx.hub.checkpoint import CheckpointError
 from mpfx.nn import (
     LEFT_OUT,
@@ -36,9 +37,14 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def edit(folder: Path, change: Change) -> None:
+    """Change the manifest, and what the config says of it."""
     manifest = json.loads((folder / "mpfx.json").read_text())
     change(manifest)
     (folder / "mpfx.json").write_text(json.dumps(manifest))
+    if (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text())
+        change(config["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def edit_weights(folder: Path, change: Change) -> None:
@@ -76,6 +82,19 @@ def packed_linear(
     order = pack_permutation(torch.randperm(channels, generator=generator))
     parameter = nn.Parameter(torch.randn(rows, generator=generator)) if bias else None
     return MixedPrecisionLinear(pack(weight), permutation=order, bias=parameter)
+
+
+def pack_linears(model: Any) -> Any:
+    """Put random packed layers in the place of all but the head; those of equally many channels share their order."""
+    orders: dict[int, Tensor | None] = {}
+    for path, module in list(model.named_modules()):
+        if is_linear(module) and "head" not in path:
+            rows, channels = linear_weight(module).shape
+            bias = getattr(module, "bias", None) is not None
+            packed = packed_linear(rows, channels, bias=bias, seed=len(path), coded=len(path) % 2 == 0)
+            packed.permutation = orders.setdefault(channels, packed.permutation)
+            model.set_submodule(path, packed)
+    return model
 
 
 class Own(nn.Module):

@@ -35,9 +35,10 @@ def test_runs_as_the_dense_layer_does(
     assert torch.equal(module.weight, dense)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = nn.functional.linear(x, dense, bias.to(dtype))
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance * 10)
-    assert module(x).dtype == dtype
+    found = module(x)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (found.dtype, found.shape) == (dtype, expected.shape)
+    assert float((found - expected).double().norm()) <= tolerance * float(expected.double().norm())
 
 
 SCALES = {4: {"scale_codes", "row_scales", "group_scales"}, 16: {"scales"}}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from mpfx.allocate import ImportanceConfig, OptimalConfig
 from mpfx.passes import CompressionConfig
 
 
@@ -20,6 +21,9 @@ from mpfx.passes import CompressionConfig
         ({"code_bits": 4, "sparsity": "auto"}, "`bits_per_weight` with sparsity auto"),
         ({"bits_per_weight": 4, "sparsity": "auto", "allocation": "budget"}, "allocation optimal"),
         ({"code_bits": 4, "block_bits": {"a": 16}}, "`optimal.widths`"),
+        ({"code_bits": 4, "allocation": "budget", "distortion": "signals"}, "no `distortion` with allocation budget"),
+        ({"code_bits": 4, "allocation": "fixed", "optimal": OptimalConfig(uniform=True)}, "no `optimal` with"),
+        ({"code_bits": 4, "importance": ImportanceConfig(weight=1)}, "no `importance` with allocation optimal"),
         ({"code_bits": 4, "distortion": "guessed"}, "`distortion` to be measured or signals but got 'guessed'"),
         ({"bits_per_weight": 2.2, "allocation": "fixed", "block_bits": {"a": 1.0}}, r"`block_bits\.a`"),
         ({"bits_per_weight": 64}, "to 32 but got 64"),

@@ -1,5 +1,6 @@
 """Later blocks make up for the error of earlier ones; refinement and guidance reach the solve."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_refinement_lowers_the_error_of_a_pruned_layer() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
-def test_sensitivities_of_other_calls_are_refused() -> None:
+def test_sensitivities_of_other_calls_are_left_away_and_told_of() -> None:
     from mpfx.stats import Sensitivity
 
     net, x = residual_net(), torch.randn(64, 32)
@@ -126,5 +127,10 @@ def test_sensitivities_of_other_calls_are_refused() -> None:
     batch = bind_inputs(gm, (x,))
     plan = CompressionConfig(code_bits=3, allocation="fixed")
     wrong = {group.name: Sensitivity.of([[torch.ones(63)]]) for group in located(gm)}
-    with pytest.raises(Exception, match=r"reads 64 tokens, but sensitivities were gathered for 63.*`guidance: 0`"):
-        run_passes(gm, [Allocate(plan, {}), PruneAndQuantize([batch], SolveConfig(guidance=0.5), wrong)])
+    solve = PruneAndQuantize([batch], SolveConfig(guidance=0.5), wrong)
+    solved = solved_groups(run_passes(gm, [Allocate(plan, {}), solve]))
+    assert all("reads other tokens" in str(group.fallback) for group in solved)
+    with pytest.raises(Exception, match="`strict` allows no fallback"):
+        run_passes(gm, [Allocate(plan, {}), replace(solve, strict=True)])
+    with pytest.raises(Exception, match=r"sensitivities of 2 batches.* but got some of \[1\]"):
+        run_passes(gm, [Allocate(plan, {}), replace(solve, batches=[batch, batch])])
