@@ -303,6 +303,17 @@ def test_every_config_is_complete(path: Path) -> None:
     assert config.target == fields.get("bits_per_weight", fields.get("code_bits"))
 
 
+@pytest.mark.parametrize(("name", "bits"), [("4.25bpw", 4.25), ("3.5bpw", 3.5), ("3bpw", 3.0), ("sparse50", None)])
+def test_recipes_do_what_their_names_say(folder: Path, tmp_path: Path, name: str, bits: float | None) -> None:
+    assert main(arguments(folder, tmp_path / "out", config=name)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    if bits is None:
+        assert report["sparsity"] == pytest.approx(0.5, abs=0.01)
+        assert report["code_bits"] <= 4
+    else:
+        assert 0.9 * bits < report["bits_per_weight"] <= bits
+
+
 def test_debug_level_shows_scores(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main(arguments(folder, tmp_path / "out", "--log_level", "debug"))
     err = capfd.readouterr().err

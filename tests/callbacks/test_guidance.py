@@ -57,12 +57,16 @@ def test_the_loop_keeps_its_own_results(llama: Any, batches: Batches) -> None:
 
 @pytest.mark.parametrize("returns", ["loss", "mapping"])
 def test_any_module_is_guided_by_the_loss_that_it_returns(validate: Validate, returns: str) -> None:
-    module = Regression(returns)
-    callback = ModelCompression(CompressionConfig(bits_per_weight=4.5), module="net")
-    validate(module, inputs(), callback)
-    assert callback.done
-    (_, chosen) = callback.graph_module.meta[ALLOCATIONS][0]  # type: ignore[union-attr]
-    assert chosen.distortion > 0
+    callback = ModelCalibration(CompressionConfig(bits_per_weight=4.5), module="net")
+    validate(Regression(returns), inputs(), callback)
+    assert callback.calibration is not None
+    net, batch = Regression(returns).net, inputs()[0]
+    with torch.enable_grad():
+        out = net(batch)
+        (gradient,) = torch.autograd.grad(out.square().mean(), out)
+    found = callback.calibration.sensitivities["4"].batches[0][0]
+    expected = gradient.square().mean(-1)
+    assert torch.allclose(found / found.mean(), expected / expected.mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("returns", ["nothing", "detached"])
@@ -79,6 +83,9 @@ def test_a_users_function_takes_the_place_of_the_step(validate: Validate) -> Non
     callback = ModelCompression(CompressionConfig(bits_per_weight=4.5), module="net", loss=first_output)
     validate(module, inputs(), callback)
     assert callback.done
+    plain = ModelCompression(CompressionConfig(bits_per_weight=4.5), module="net")
+    validate(Regression(), inputs(), plain)
+    assert kept_bytes(callback) != kept_bytes(plain)  # one output of four counts, instead of all
 
 
 def test_the_unguided_path_needs_no_loss(validate: Validate) -> None:
@@ -89,7 +96,7 @@ def test_the_unguided_path_needs_no_loss(validate: Validate) -> None:
 
 
 def test_sensitivity_decides_who_gets_the_bits(validate: Validate) -> None:
-    """Outputs 1 to 3 are not in the loss: their rows' sensitivity is zero, and halving a branch moves bits away."""
+    """A branch that the loss feels a hundred times less gets fewer bits, though weights and inputs are alike."""
 
     class Branches(pl.LightningModule):
         def __init__(self) -> None:
