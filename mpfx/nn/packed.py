@@ -103,7 +103,10 @@ class MixedPrecisionLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., in)``; returns ``(..., out)``."""
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does there
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            with torch.autocast(x.device.type, enabled=False):
+                return packed_linear(
+                    x.to(torch.get_autocast_dtype(x.device.type)), self.packed, self.permutation, self.bias
+                )
         return packed_linear(x, self.packed, self.permutation, self.bias)
 
     def extra_repr(self) -> str:

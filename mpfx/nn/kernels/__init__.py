@@ -79,7 +79,9 @@ def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tens
         out = out if bias is None else out.add_(bias.to(out.dtype))
     else:
         return reference(x, weight, permutation, bias)
-    return out.view(*x.shape[:-1], weight.out_features)
+    # No view: what an operator hands out may be written to.
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.out_features])
+    return shaped
 
 
 @cache

@@ -86,7 +86,7 @@ def _multiply(x: Tensor, weight: PackedWeight, permutation: Tensor | None) -> Te
     )
     order = np.empty(0, np.int32) if permutation is None else permutation.to(torch.int32).numpy()
     jit.activations(x.contiguous().numpy(), order, made)
-    y = torch.empty(count, rows)
+    y = torch.empty(count, rows, dtype=torch.float32, device=_CPU)  # whatever the defaults are
     out = y.numpy()
     _by_rows(lambda first, last: jit.multiply(stored, made, first, last, out), 0, rows, weight.layout.in_features)
     return y
@@ -98,7 +98,8 @@ def _expand(x: Tensor, weight: PackedWeight, permutation: Tensor | None) -> Tens
     if permutation is not None:
         x = x.index_select(1, permutation.to(torch.int32))
     chunk = min(rows, max(1, CHUNK_BYTES // (4 * channels * block)) * block)
-    buffer, y = torch.empty(channels, chunk), torch.empty(len(x), rows)
+    buffer = torch.empty(channels, chunk, dtype=torch.float32, device=_CPU)
+    y = torch.empty(len(x), rows, dtype=torch.float32, device=_CPU)
     out = buffer.numpy()
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)

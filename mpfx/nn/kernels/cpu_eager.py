@@ -23,13 +23,13 @@ def eager_linear(x: Tensor, weight: PackedWeight, most_bytes: int) -> Tensor:
         float32 ``(rows, out)``.
     """
     layout, out = weight.layout, weight.out_features
-    scales, y = decoded(weight.scales, layout), torch.zeros(len(x), out)
+    scales, y = decoded(weight.scales, layout), x.new_zeros(len(x), out)
     step = max(1, most_bytes // (4 * out * layout.segment)) * layout.segment
     codes, grid, zero_word = _Codes(weight), 0, 0
     for group in layout.groups:
-        zero = torch.tensor(0.0)
+        zero = x.new_zeros(())
         if group.quantized:
-            zero = torch.tensor(float(1 << group.bits - 1))
+            zero = x.new_tensor(float(1 << group.bits - 1))
             if weight.zeros is not None:
                 stop = zero_word + words(out, group.bits)
                 zero = unpack_codes(weight.zeros[zero_word:stop], group.bits, out)[:, None].float()

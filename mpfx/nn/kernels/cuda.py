@@ -18,6 +18,8 @@ DECODE_ROWS = 8
 CHUNK_BYTES = 16 << 20
 """At most so much of a weight is unpacked at a time: it stays in the L2 cache until it is multiplied."""
 
+_COUNTERS = 1 << 14  # tiles of rows times rows of activations, at most
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -49,10 +51,10 @@ def decode(
     scratch = torch.empty(
         len(x) * tiles * splits * (1 << (shape.share - 1).bit_length()) * SCRATCH, dtype=torch.int32, device=x.device
     )
-    partial = torch.empty(len(x) * splits * rows if splits > 1 else 0, device=x.device)
+    partial = torch.empty(len(x) * splits * rows if splits > 1 else 0, dtype=torch.float32, device=x.device)
     decode_kernel[tiles, splits, len(x)](
         x, permutation, *_parts(weight), segment_table(layout, rows, x.device), bias,
-        scratch, partial, _counters(x.device, torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0), out,
+        scratch, partial, _counters(x.device), out,
         rows, layout.in_features, segments, len(layout.grids), scale_words(rows), shape.share, splits,
         ORDERED=permutation is not None, EVEN=layout.in_features % 32 == 0, CODED=coded,
         ASYMMETRIC=weight.zeros is not None, BIAS=bias is not None, SPLIT=splits > 1,
@@ -103,7 +105,17 @@ def _parts(weight: PackedWeight) -> tuple[Tensor | None, ...]:
     return (weight.codes, *coded, weight.zeros)
 
 
+def _counters(device: torch.device) -> Tensor:
+    """Zeros that every kernel leaves as zeros.
+
+    One set a stream, as kernels of one stream follow each other. In a CUDA graph under capture every call gets its own,
+    which the graph fills anew: what is made there belongs to that graph, and other graphs may run beside it.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _kept_counters(device, torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0)
+
+
 @lru_cache(maxsize=64)
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """Zeros that every kernel leaves as zeros; one set a stream, as kernels of one stream follow each other."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+def _kept_counters(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
