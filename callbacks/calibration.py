@@ -256,7 +256,7 @@ class ModelCalibration(Callback):
             raise RuntimeError("the validation loop ran no batch, so nothing was compressed: give it calibration data.")
 
     def _drop(self) -> None:
-        self._sensing = None
+        self._sensing = self._batch = None
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

@@ -1,13 +1,14 @@
 """The table that the defaults rest on: each of them against its alternatives, on one model and one calibration."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mpfx.report import Line, markdown, plot_sizes
+from mpfx.report import markdown
 from mpfx.search import (
     HEAD,
     Outcome,
@@ -19,6 +20,7 @@ from mpfx.search import (
     short,
     variant,
 )
+from mpfx.search import plot as plot_search
 
 BITS = (4.35, 3.34, 2.80)
 """Stored bits at which the rows with a size are run."""
@@ -178,16 +180,9 @@ def cells(search: Search) -> tuple[list[str], list[list[str]]]:
 
 
 def plot(search: Search, path: Path) -> str | None:
-    """Draw perplexity against stored bits, one line per row.
+    """Draw perplexity against stored bits, one line per row, plain GPTQ of all widths as one.
 
     Returns:
         Why there is no picture; None if there is one.
     """
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for outcome in search.outcomes:
-        if outcome.result is not None:
-            point = (outcome.result.bits_per_weight, outcome.result.perplexity[search.text])
-            lines.setdefault(outcome.variant.name, []).append(point)
-    if not lines:
-        return "no picture was drawn: no run came to an end."
-    return plot_sizes([Line(name, points) for name, points in lines.items()], search.dense[search.text], path)
+    return plot_search(search, path, lambda variant: re.sub(r"^GPTQ \d+$", "GPTQ", variant.name))

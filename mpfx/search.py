@@ -218,8 +218,13 @@ def sweep(base: Mapping[str, Any], vary: Sequence[Sequence[str]], output: Path, 
     return run_all(variants, also, lambda search: save_search(search.to_json(), output / "sweep.json"))
 
 
-def plot(search: Search, path: Path) -> str | None:
-    """Draw perplexity against stored bits, one line per combination of the fields that are no size.
+def plot(search: Search, path: Path, line: Callable[[Variant], str] | None = None) -> str | None:
+    """Draw perplexity against stored bits.
+
+    Args:
+        search: with its outcomes.
+        path: of the picture.
+        line: name of the line that a variant is part of; None: one per combination of the fields that are no size.
 
     Returns:
         Why there is no picture; None if there is one.
@@ -230,7 +235,7 @@ def plot(search: Search, path: Path) -> str | None:
     for outcome in search.outcomes:
         if outcome.result is not None:
             point = (outcome.result.bits_per_weight, outcome.result.perplexity[search.text])
-            lines.setdefault(_line(outcome.variant), []).append(point)
+            lines.setdefault((line or _line)(outcome.variant), []).append(point)
     return plot_sizes([Line(name, points) for name, points in lines.items()], search.dense[search.text], path)
 
 

@@ -15,8 +15,8 @@ from mpfx.nn.layout import (
     permutation_bytes,
     stored_bytes,
 )
-from mpfx.nn.packed import MixedPrecisionLinear, own_order, pack_permutation
-from mpfx.nn.packing import PackedWeight, QuantizedWeight, pack, reordered_rows, unpack, validate
+from mpfx.nn.packed import MixedPrecisionLinear, pack_permutation
+from mpfx.nn.packing import PackedWeight, QuantizedWeight, own_order, pack, reordered_rows, unpack, validate
 from mpfx.nn.scales import CodedScales, Scales, decoded, scale_values
 
 __all__ = [

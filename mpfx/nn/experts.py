@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mpfx.nn.layout import SCALE_BITS, Layout, scale_shapes, stored_bytes, words
-from mpfx.nn.packed import PackedModule, own_order, pack_permutation
-from mpfx.nn.packing import PARTS, PackedWeight, count_kept, unpack, validate
+from mpfx.nn.packed import PackedModule, pack_permutation
+from mpfx.nn.packing import PARTS, PackedWeight, count_kept, own_order, unpack, validate
 
 _STACKED = ("row_scales", "mask", "widths")
 """Tensors of equal shape for every expert; all others lie one after the other."""

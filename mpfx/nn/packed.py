@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpfx.nn.kernels import packed_linear
 from mpfx.nn.layout import permutation_bytes
-from mpfx.nn.packing import FLOAT_PARTS, PARTS, PackedWeight, unpack
+from mpfx.nn.packing import FLOAT_PARTS, PARTS, PackedWeight, own_order, unpack
 
 
 def pack_permutation(order: Tensor) -> Tensor:
@@ -17,13 +17,6 @@ def pack_permutation(order: Tensor) -> Tensor:
     packed = order.to(dtype)
     assert packed.nbytes == permutation_bytes(order.numel())
     return packed
-
-
-def own_order(weight: Tensor, permutation: Tensor | None) -> Tensor:
-    """Columns of a weight ``(out, in)`` in the input's own order, where column k stands for ``permutation[k]``."""
-    if permutation is None:
-        return weight
-    return torch.empty_like(weight).index_copy_(1, permutation.long(), weight)
 
 
 class PackedModule(nn.Module):

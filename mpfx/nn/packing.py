@@ -167,6 +167,13 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
+def own_order(weight: Tensor, permutation: Tensor | None) -> Tensor:
+    """Columns of a weight ``(out, in)`` in the input's own order, where column k stands for ``permutation[k]``."""
+    if permutation is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, permutation.long(), weight)
+
+
 def reordered_rows(packed: PackedWeight, order: Tensor) -> PackedWeight:
     """A packed weight whose row i is row ``order[i]`` of the given one, ``(out,)``."""
     return pack(unpack(packed).rows(order.to(packed.codes.device)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mpfx.nn.kernels.tables import encoded, layout_of
-from mpfx.nn.packing import PackedWeight, unpack
+from mpfx.nn.packing import PARTS, PackedWeight, own_order, unpack
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,7 +42,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, b
     layout = weight.layout
     parts = weight.parts
     result: Tensor = torch.ops.mpfx.linear(
-        x, *(parts[name] for name in _PARTS), permutation, bias, layout.in_features, weight.out_features,
+        x, *(parts[name] for name in PARTS), permutation, bias, layout.in_features, weight.out_features,
         encoded(layout.widths), layout.group_size or 0,
     )  # fmt: skip
     return result
@@ -54,9 +54,6 @@ def reference(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias:
         x = x.index_select(-1, permutation.to(torch.int32))
     bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, unpack(weight).dequantize().to(x.dtype), bias)
-
-
-_PARTS = ("codes", "scales", "scale_codes", "row_scales", "group_scales", "zeros", "mask", "widths")
 
 
 def _plain(x: Tensor) -> bool:
@@ -107,7 +104,7 @@ def _linear(
     encoded_widths: str,
     group_size: int,
 ) -> Tensor:
-    parts = dict(zip(_PARTS, (codes, scales, scale_codes, row_scales, group_scales, zeros, mask, widths), strict=True))
+    parts = dict(zip(PARTS, (codes, scales, scale_codes, row_scales, group_scales, zeros, mask, widths), strict=True))
     weight = PackedWeight.of(parts, layout_of(in_features, encoded_widths, group_size))
     return _run(x.detach(), weight, permutation, bias)
 
@@ -130,10 +127,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the input and the bias; packed weights have none."""
     saved = iter(ctx.saved_tensors)
     *parts, permutation = (next(saved) if place else None for place in ctx.places)
-    weight = PackedWeight.of(dict(zip(_PARTS, parts, strict=True)), ctx.layout)
-    dense = unpack(weight).dequantize().to(gradient.dtype)
-    if permutation is not None:
-        dense = torch.empty_like(dense).index_copy_(1, permutation.long(), dense)
+    weight = PackedWeight.of(dict(zip(PARTS, parts, strict=True)), ctx.layout)
+    dense = own_order(unpack(weight).dequantize().to(gradient.dtype), permutation)
     of_bias = gradient.flatten(0, -2).sum(0) if ctx.biased else None
     return (gradient @ dense, *[None] * 9, of_bias, *[None] * 4)
 

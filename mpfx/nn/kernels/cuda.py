@@ -23,12 +23,11 @@ _COUNTERS = 1 << 14  # tiles of rows times rows of activations, at most
 
 @dataclass(frozen=True)
 class Shape:
-    """How the decode kernel is cut: rows, segments and warps of a program, and segments under way at a time."""
+    """How the decode kernel is cut: rows, segments and warps of a program."""
 
     rows: int
     share: int
-    warps: int = 1
-    stages: int = 1
+    warps: int
 
 
 def cuda_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -58,7 +57,7 @@ def decode(
         rows, layout.in_features, segments, len(layout.grids), scale_words(rows), shape.share, splits,
         ORDERED=permutation is not None, EVEN=layout.in_features % 32 == 0, CODED=coded,
         ASYMMETRIC=weight.zeros is not None, BIAS=bias is not None, SPLIT=splits > 1,
-        SHARE=1 << (shape.share - 1).bit_length(), STAGES=shape.stages, Q=shape.rows // 4, num_warps=shape.warps,
+        SHARE=1 << (shape.share - 1).bit_length(), Q=shape.rows // 4, num_warps=shape.warps,
     )  # fmt: skip
     return out
 

@@ -3,10 +3,10 @@
 Lanes are rows of the weight, so the words of a segment are read side by side. Activations become integers of 16 bits
 relative to the largest of their segment, as two bytes; four codes masked in place are four bytes of one word, and one
 `dp4a` multiplies them with four bytes of the activation. So a weight costs about one instruction per plane of its
-code, and nothing is converted. Scale and zero point are applied once per segment: ``s (sum c x - z sum x)``.
+code, and nothing is converted. Scale and zero point are applied once per grid: ``s (sum c x - z sum x)``.
 
-Every program prepares the activations of its own segments first (channel order, integers, the byte order that the
-planes ask for) and keeps them in a scratch of its own: there is no second launch.
+Every program prepares the activations of its own segments first (channel order, integers, four bytes to a word) and
+keeps them in a scratch of its own: there is no second launch.
 """
 
 import triton
@@ -133,7 +133,7 @@ def decode_kernel(
     scratch_ptr, partial_ptr, counter_ptr, out_ptr,
     out_features, in_features, segments, grids, words_a_grid, share, splits,
     ORDERED: tl.constexpr, EVEN: tl.constexpr, CODED: tl.constexpr, ASYMMETRIC: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, SHARE: tl.constexpr, STAGES: tl.constexpr, Q: tl.constexpr,
+    SPLIT: tl.constexpr, SHARE: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Rows ``4 Q i ...`` of the product with row j of the activations, over ``share`` segments.
 
@@ -154,9 +154,9 @@ def decode_kernel(
         row_scale = tl.load(row_scales_ptr + rows, mask=live, other=0.0).to(tl.float32)
     result = tl.zeros(rows.shape, dtype=tl.float32)
     dot, total = tl.zeros(rows.shape, dtype=tl.float32), 0.0
-    # Words of the next segments are on their way (through shared memory) while one is multiplied; so they are loaded
-    # at the top, those of planes that a segment lacks masked out.
-    for segment in tl.range(start, stop, num_stages=STAGES):
+    # All words are loaded at the top, those of planes that a segment lacks masked out: so their loads are in flight
+    # together, where branches would make each wait for the one before.
+    for segment in range(start, stop):
         bits = tl.load(table_ptr + segment * 4)
         word = tl.load(table_ptr + segment * 4 + 1)
         words_ptr = codes_ptr + word.to(tl.int64) * out_features + rows
