@@ -324,7 +324,21 @@ def count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
 
 
 def _segment_counts(mask: Tensor, layout: Layout) -> list[int]:
-    """Bits that are set, by segment: in the mask's own size, as unpacking it would take 32 times as much."""
+    """Bits that are set, by segment."""
+    counts: list[int] = survivors(mask, layout).sum(1).tolist()
+    return counts
+
+
+def survivors(mask: Tensor, layout: Layout) -> Tensor:
+    """Count the bits of a mask, in the mask's own size, as unpacking it would take 32 times as much.
+
+    Args:
+        mask: int32 ``(segments, rows)``.
+        layout: of its channels; bits that stand for none are not counted.
+
+    Returns:
+        int32 ``(segments, rows)``.
+    """
     inside = torch.full((len(mask), 1), -1, dtype=torch.int32, device=mask.device)
     if rest := layout.in_features % SEGMENT:
         inside[-1] = pack_codes(torch.ones(rest, dtype=torch.int32, device=mask.device), 1)
@@ -332,8 +346,7 @@ def _segment_counts(mask: Tensor, layout: Layout) -> list[int]:
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    counts: list[int] = ((bits * 0x01010101 >> 24) & 0xFF).sum(1).tolist()
-    return counts
+    return (bits * 0x01010101 >> 24) & 0xFF
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -4,15 +4,15 @@
 | --- | --- | --- |
 | CPU | up to 8 | packed words times activations (numba, :mod:`mpfx.nn.kernels.cpu`) |
 | CPU | more | chunks of the weight, expanded one after the other |
-| CUDA, no bitmask | up to 8 | packed words times activations (Triton, :mod:`mpfx.nn.kernels.decode`) |
-| CUDA, no bitmask | more | chunks of the weight, expanded one after the other (:mod:`mpfx.nn.kernels.expand`) |
+| CUDA | up to 8 | packed words times activations (:mod:`mpfx.nn.kernels.cuda`, from compute capability 8.0 on) |
+| CUDA | more | chunks of the weight, expanded one after the other |
 | any other case | any | :func:`reference`: the dense weight, for the length of the call |
 
 All but the last take float32, float16 and bfloat16. An operator, because compilers and CUDA graphs take one as it is.
 """
 
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -65,9 +65,8 @@ def _plain(x: Tensor) -> bool:
 def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
     device, rows = x.device.type, x.numel() // max(x.shape[-1], 1)
     known = x.dtype in _KERNEL_DTYPES and rows > 0
-    if known and device == "cuda" and weight.mask is None and _has_triton():
-        from mpfx.nn.kernels.cuda import cuda_linear
-
+    if known and device == "cuda" and _cuda().runs_on(x.device):
+        cuda_linear = _cuda().cuda_linear
         out = cuda_linear(x.reshape(rows, -1), weight, permutation, bias)
     elif known and device == "cpu":
         from mpfx.nn.kernels.cpu import cpu_linear
@@ -82,8 +81,8 @@ def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tens
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _cuda() -> Any:
+    return import_module("mpfx.nn.kernels.cuda")
 
 
 @torch.library.custom_op("mpfx::linear", mutates_args=())

@@ -1,5 +1,6 @@
-"""Triton kernels against float64 products of the dense weight, on poisoned buffers."""
+"""CUDA kernels against float64 products of the dense weight, on poisoned buffers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from torch import Tensor
 
 from mpfx.nn import Layout, PackedWeight, pack
-from mpfx.nn.kernels import packed_linear
+from mpfx.nn.kernels import cuda, packed_linear
+from mpfx.nn.kernels.cuda import tune
+from mpfx.nn.kernels.cuda.decode import Cut, decode
+from mpfx.nn.kernels.cuda.kept import cache_folder
 from tests.nn.test_packing import random_weight
 
 pytestmark = [
@@ -15,8 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Of the sum of the absolute products: what rounding the result and, for few rows, the activations may cost.
-TOLERANCE = {torch.float32: 3e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+# Of the sum of the absolute products: what rounding the result, and for many rows the weight, may cost.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LAYOUTS = [Layout(96, (bits,) * 3, 32) for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16)] + [
     Layout(200, (8, 6, 5, 5, 3, 1, 0), 64),
     Layout(256, (16, 7, 4, 4, 3, 2, 2, 0), None),
@@ -42,25 +46,104 @@ def on_device(weight: PackedWeight) -> PackedWeight:
     return PackedWeight.of(parts, weight.layout)
 
 
-CASES = [(layout, torch.bfloat16, 144, plain) for layout in LAYOUTS for plain in (False, True)]
-CASES += [(LAYOUTS[-2], dtype, 37, False) for dtype in TOLERANCE] + [(LAYOUTS[-1], torch.float16, 515, True)]
+CASES = [
+    (layout, torch.bfloat16, 144, plain, density)
+    for layout in LAYOUTS
+    for plain in (False, True)
+    for density in (1.0, 0.4)
+]
+CASES += [(LAYOUTS[-2], dtype, 37, False, density) for dtype in TOLERANCE for density in (1.0, 0.5)]
+CASES += [(LAYOUTS[-1], torch.float16, 515, True, 1.0), (Layout(333, (5,) * 11, 32), torch.bfloat16, 33, False, 0.7)]
 
 
-@pytest.mark.parametrize(("layout", "dtype", "out", "plain"), CASES, ids=str)
-def test_products_are_those_of_the_dense_weight(layout: Layout, dtype: torch.dtype, out: int, plain: bool) -> None:
-    weight = random_weight(layout, out, symmetric=plain, coded=not plain)
+@pytest.mark.parametrize(("layout", "dtype", "out", "plain", "density"), CASES, ids=str)
+def test_products_are_those_of_the_dense_weight(
+    layout: Layout, dtype: torch.dtype, out: int, plain: bool, density: float
+) -> None:
+    weight = random_weight(layout, out, symmetric=plain, coded=not plain, density=density)
     dense, packed = weight.dequantize().double().cuda(), on_device(pack(weight))
     order = None if plain else torch.randperm(layout.in_features).to(torch.uint16).cuda()
     bias = None if plain else torch.randn(out, dtype=dtype, device="cuda")
-    for rows in (1, 3, 8, 20):
+    for rows in (1, 8, 20) if out == 144 else (1, 2, 3, 5, 8, 9):
         x = torch.randn(rows, layout.in_features, dtype=dtype, device="cuda")
-        moved = x.double() if order is None else x.double()[:, order.long()]
-        size = moved.abs() @ dense.abs().t() + 1e-6
-        expected = moved @ dense.t() + (0 if bias is None else bias.double())
-        found = packed_linear(x, packed, order, bias)
-        assert found.dtype == dtype
-        assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
-        assert torch.equal(found, packed_linear(x, packed, order, bias))
+        agrees(x, dense, packed, order, bias)
+
+
+def agrees(x: Tensor, dense: Tensor, packed: PackedWeight, order: Tensor | None, bias: Tensor | None) -> None:
+    moved = x.double() if order is None else x.double()[:, order.long()]
+    size = moved.abs() @ dense.abs().t() + 1e-6
+    expected = moved @ dense.t() + (0 if bias is None else bias.double())
+    found = packed_linear(x, packed, order, bias)
+    assert found.dtype == x.dtype
+    assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[x.dtype]
+    assert torch.equal(found, packed_linear(x, packed, order, bias))
+
+
+@pytest.mark.parametrize(
+    "cut", [Cut(1, 1, 4, 1), Cut(2, 1, 4, 2), Cut(4, 2, 3, 2), Cut(1, 3, 8, 2), Cut(1, 5, 4, 3)], ids=str
+)
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_every_cut_gives_the_same(cut: Cut, density: float) -> None:
+    if cut.cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of thread blocks")
+    layout = Layout(512, (6,) * 4 + (5,) * 4 + (4,) * 4 + (3,) * 3 + (1,), 64)
+    packed = on_device(pack(random_weight(layout, 300, coded=True, density=density)))
+    order = torch.randperm(512).to(torch.uint16).cuda()
+    x = torch.randn(3, 512, dtype=torch.float32, device="cuda")
+    expected = decode(x, packed, order, None, Cut(1, 1, 1, 1))
+    found = decode(x, packed, order, None, cut)
+    assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])
+def test_activations_of_any_size_keep_their_precision(size: float) -> None:
+    weight = random_weight(Layout(256, (4,) * 8, 64), 96, coded=True)
+    dense, packed = weight.dequantize().double().cuda(), on_device(pack(weight))
+    x = torch.randn(2, 256, device="cuda") * size
+    expected = x.double() @ dense.t()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        found = packed_linear(x.to(dtype), packed, None, None).double()
+        assert float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def test_more_vectors_than_fit_are_multiplied_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(LAYOUTS[-2], 40, coded=True)
+    x = torch.randn(7, 256, device="cuda")
+    monkeypatch.setattr(cuda, "room_for", lambda *arguments: 3)
+    agrees(x, weight.dequantize().double().cuda(), on_device(pack(weight)), None, None)
+
+
+def test_a_mask_that_is_loaded_anew_is_counted_anew() -> None:
+    first, second = (random_weight(LAYOUTS[-2], 40, density=d, coded=True) for d in (0.3, 0.6))
+    packed = on_device(pack(first))
+    x = torch.randn(1, 256, device="cuda")
+    agrees(x, first.dequantize().double().cuda(), packed, None, None)
+    other = on_device(pack(second))
+    assert packed.mask is not None
+    assert other.mask is not None
+    packed.mask.copy_(other.mask)
+    parts = {**other.parts, "mask": packed.mask}
+    agrees(x, second.dequantize().double().cuda(), PackedWeight.of(parts, packed.layout), None, None)
+
+
+def test_the_fastest_cut_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPFX_CACHE", str(tmp_path))
+    monkeypatch.delenv("MPFX_TUNE", raising=False)
+    tune._chosen.cache_clear()
+    ran: list[int] = []
+
+    def run(cycles: int) -> None:
+        ran.append(cycles)
+        torch.cuda._sleep(cycles)
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert tune.fastest("a", (3_000_000, 1_000, 2_000_000), run, device) == 1_000
+    count = len(ran)
+    tune._chosen.cache_clear()
+    assert tune.fastest("a", (3_000_000, 1_000, 2_000_000), run, device) == 1_000
+    assert len(ran) == count
+    assert (cache_folder() / "tuned.json").exists()
+    tune._chosen.cache_clear()
 
 
 def test_what_is_not_finite_stays_so() -> None:
@@ -71,8 +154,10 @@ def test_what_is_not_finite_stays_so() -> None:
         assert not bool(torch.isfinite(packed_linear(x, packed, None, None)).any())
 
 
-def test_graphs_and_compilers_take_it() -> None:
-    packed = on_device(pack(random_weight(Layout(256, (5, 5, 4, 4, 3, 3, 3, 3), 64), 320, coded=True)))
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_graphs_and_compilers_take_it(density: float) -> None:
+    layout = Layout(256, (5, 5, 4, 4, 3, 3, 3, 3), 64)
+    packed = on_device(pack(random_weight(layout, 320, coded=True, density=density)))
     x = torch.randn(1, 256, dtype=torch.bfloat16, device="cuda")
     expected = packed_linear(x, packed, None, None)
     with torch.no_grad():

@@ -1,0 +1,598 @@
+// Matrix times a few vectors on packed weights, on tensor cores.
+//
+// A group of warps owns 32 rows of the weight (one of every block of a cluster); they share the channels out in units of
+// up to 64 channels with one scale a row. Every warp starts to copy the words of its first units to shared memory; while
+// they are on their way the block puts the activations into the order of the channels; then every warp multiplies unit
+// after unit. Codes are unpacked to bytes, the left operand as `mma` wants it: lane (g, t) of a warp, g = lane / 4, t =
+// lane % 4, holds rows 4g .. 4g+3, channels 8t .. 8t+7 of a segment. Activations become integers relative to the largest
+// one of their vector, of three bytes (four, if they are float32): the right operand, a column each. So products are
+// exact, and the zero point is taken off once a unit, by way of the sum of its activations.
+//
+// Set by whoever compiles, besides what packed.cuh needs: GROUPS of a block, each with rows of its own; WARPS of a group;
+// STAGES, units that are copied ahead; SEGMENTS of a unit, at most; COUNT of vectors; AT_ONCE of them that are put in
+// order together; ORDER, bytes of an entry of the channel order, 0: none; EVEN, whether all segments are full, and vectors
+// and the order are aligned.
+
+struct Args {
+    const void* x;      // (COUNT, IN)
+    const void* order;  // (IN,) u16 or u32: the activation that meets a channel
+    Weight w;
+    const int4* units;  // (warps of a cluster, most_units): after the last one of a warp, bits of 0
+    const void* bias;   // (rows,), dtype of x, or null
+    void* out;          // (COUNT, rows), dtype of x
+    int most_units, stage_bytes;
+};
+
+constexpr int PARTS = DTYPE == 2 ? 4 : 3;       // bytes of an activation
+constexpr int DIGITS = DTYPE == 2 ? 30 : 22;    // bits of the largest one, as an integer
+constexpr int THREADS = GROUPS * WARPS * 32;
+constexpr int COLUMNS = COUNT * PARTS;
+constexpr int TILES = (COLUMNS + 7) / 8;
+constexpr int SEGMENT_BYTES = COLUMNS * 32;  // of activations
+constexpr int TAIL = 64;  // bytes behind the codes of a stage: 8 words of zero points, 4 of scales
+#if MASKED
+constexpr int ROOM_BYTES = 256 + 128 + 2 * SURVIVOR_BYTES;
+#else
+constexpr int ROOM_BYTES = 256;
+#endif
+
+// ---------------------------------------------------------------------------------------------------- small parts
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// An integer in the mantissa of 3 * 2^22: as a float, it is that much too large.
+constexpr int MAGIC = 0x4B400000;
+
+__device__ __forceinline__ void multiply(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+
+__device__ __forceinline__ void store(void* p, size_t i, float f) {
+    if (DTYPE == 2) ((float*)p)[i] = f;
+    else if (DTYPE == 0) asm volatile("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; st.global.b16 [%0], h;}" ::"l"((u16*)p + i), "f"(f));
+    else asm volatile("{.reg .b16 h; cvt.rn.f16.f32 h, %1; st.global.b16 [%0], h;}" ::"l"((u16*)p + i), "f"(f));
+}
+
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
+template <int LATER>
+__device__ __forceinline__ void wait_for_all_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
+struct Unit {
+    int bits, segments;           // of every channel; of 32 channels each
+    int zero_lanes, scale_lanes;  // lanes that copy its zero points, from 0 up to here, and its scales, from 8 up to here
+    int segment, grid;            // the first one; of the scales
+    u32 word;                     // first word row of the codes; under a mask, first word of the width's stream
+    int zero;                     // first word of its zero points
+};
+
+__device__ __forceinline__ Unit unit(const int4& v) {
+    return Unit{v.x & 255, v.x >> 8 & 255, v.x >> 16 & 255, v.x >> 24, v.y & 0xFFFF, v.y >> 16, (u32)v.z, v.w};
+}
+
+// Which part of the work a lane has.
+struct Lane {
+    int lane, g, t, tile;
+    Field field;           // of row `lane`
+    const char* codes;                   // what it copies of the first word rows: 16 bytes of one, or if not ALIGNED, 4
+    u32 row_bytes;                       // from one word row to the next one
+    int codes_to;                        // where to, in a stage
+    int from_row;                        // 0 .. 3, or more than any unit has, if the weight has no such rows
+    const u32* tail;                     // zero points, or coded scales of these rows
+    int zero_tile;                       // 0 if it copies scales
+};
+
+// What is to stay in a register, as it is needed too often to be computed anew each time.
+template <typename T>
+__device__ __forceinline__ void keep(T*& p) { asm volatile("" : "+l"(p)); }
+__device__ __forceinline__ void keep(int& i) { asm volatile("" : "+r"(i)); }
+
+__device__ __forceinline__ Lane lane_of(const Args& a) {
+    Lane l;
+    const int r = threadIdx.x % 32;
+    l.lane = r, l.g = r / 4, l.t = r % 4, l.tile = blockIdx.y * GROUPS + threadIdx.x / (WARPS * 32);
+    l.field = field_of(r);
+    const int row = ALIGNED ? r / 8 : 0, piece = ALIGNED ? r % 8 : r / 4, column = l.tile * 32 + (ALIGNED ? 4 * piece : r);
+    l.from_row = column < a.w.rows ? row : 1 << 20;
+    l.codes = (const char*)(a.w.codes + (size_t)row * a.w.rows + column);
+    l.row_bytes = 4 * a.w.rows;
+    l.codes_to = row * 128 + ((piece ^ row * 2) << 4) + (ALIGNED ? 0 : r % 4 * 4);
+    l.tail = r < 8 ? a.w.zeros + r : a.w.scale_codes + (l.tile * 4 + r - 8);
+    l.zero_tile = r < 8 ? l.tile : 0;
+    keep(l.codes), keep(l.codes_to), keep(l.from_row), keep(l.tail), keep(l.zero_tile);
+    return l;
+}
+
+// Shared memory: what a block has, and what a warp has.
+struct Room {
+    char* given;      // AT_ONCE activation vectors as they are given
+    char* x;          // of every segment, COLUMNS columns of 32 bytes; one more segment of zeros
+    float* sums;      // of every segment's columns
+    u32* largest;     // of every vector, as bits of a float32
+    int4* units;
+    char* ring;       // STAGES stages: words of a unit, 128 bytes a word row, and TAIL
+    u32 ring_at;
+    float2* steps;    // 32 rows: scale, and scale times zero point
+    u32* absent;      // 32 rows, MASKED only: the zero point as four bytes
+    char* survivors;  // MASKED only: bytes, twice SURVIVOR_BYTES
+};
+
+// ---------------------------------------------------------------------------------------------------- activations
+
+// Channels that a thread puts into order: eight in a row, as often as it takes. Four threads have a segment.
+constexpr int ROUNDS = (SEGMENTS_IN_ALL * 4 + THREADS - 1) / THREADS;
+
+// Which activations meet eight channels.
+struct Places {
+    int at[8];
+};
+
+__device__ __forceinline__ Places places(const Args& a, int channel) {
+    Places p;
+    if (ORDER == 2 && EVEN) {
+        const uint4 v = __ldg((const uint4*)((const u16*)a.order + min(channel, IN - 8)));
+        const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < 8; k++) p.at[k] = w[k / 2] >> (16 * (k % 2)) & 0xFFFF;
+    } else
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const int c = min(channel + k, IN - 1);
+            p.at[k] = ORDER == 0 ? c : ORDER == 2 ? __ldg((const u16*)a.order + c) : __ldg((const int*)a.order + c);
+        }
+    return p;
+}
+
+// Start to copy vectors b .. b + AT_ONCE - 1.
+__device__ __forceinline__ void fetch_activations(const Args& a, const Room& room, int b) {
+    const Number* from = (const Number*)a.x + (size_t)b * IN;
+    const int count = min(AT_ONCE, COUNT - b) * IN;
+    if (EVEN)
+        for (int i = threadIdx.x; i < count * (int)sizeof(Number) / 16; i += THREADS)
+            copy16(address(room.given) + i * 16, (const uint4*)from + i);
+    else
+        for (int i = threadIdx.x; i < count; i += THREADS) ((Number*)room.given)[i] = __ldg(from + i);
+}
+
+// Find the largest of vectors b .. b + AT_ONCE - 1.
+__device__ __forceinline__ void find_largest(const Room& room, int b) {
+#pragma unroll 1
+    for (int i = 0; i < min(AT_ONCE, COUNT - b); i++) {
+        const Number* given = (const Number*)room.given + i * IN;
+        u32 largest = 0;  // bits of numbers without their sign are in the order of the numbers
+        if (EVEN) {
+            for (int k = threadIdx.x; k < IN * (int)sizeof(Number) / 16; k += THREADS) {
+                const uint4 v = ((const uint4*)given)[k];
+                if (DTYPE == 2) largest = max(max(max(v.x << 1, v.y << 1), max(v.z << 1, v.w << 1)), largest);
+                else {
+                    const u32 all = 0x7FFF7FFF;
+                    largest = __vmaxu2(__vmaxu2(__vmaxu2(v.x & all, v.y & all), __vmaxu2(v.z & all, v.w & all)), largest);
+                }
+            }
+            largest = DTYPE == 2 ? largest >> 1 : max(largest & 0xFFFF, largest >> 16);
+        } else
+            for (int k = threadIdx.x; k < IN; k += THREADS)
+                largest = max(largest, DTYPE == 2 ? ((const u32*)given)[k] & 0x7FFFFFFF : ((const u16*)given)[k] & 0x7FFF);
+        if (DTYPE == 0) largest <<= 16;
+        if (DTYPE == 1) largest = __float_as_uint(half_to_float((u16)largest));
+        largest = __reduce_max_sync(~0u, largest);
+        if (threadIdx.x % 32 == 0) atomicMax(room.largest + b + i, largest);
+    }
+}
+
+// What the integers of a vector count: a power of two. Not a number, if an activation is not finite.
+__device__ __forceinline__ float unit_of(u32 largest) {
+    const int exponent = max((int)(largest >> 23) - DIGITS + 1, 1);
+    return largest >= 0x7F800000 ? __uint_as_float(0x7FC00000) : __uint_as_float((u32)exponent << 23);
+}
+
+// A number as an integer, plus 128 in each of its bytes: so these are unsigned.
+__device__ __forceinline__ u32 whole(float value, float inverse) {
+    if (DTYPE == 2) return __float2int_rn(value * inverse) + 0x80808080u;
+    return __float_as_uint(fmaf(value, inverse, __int_as_float(MAGIC))) - MAGIC + 0x808080u;
+}
+
+// Put eight channels of a vector in order, as columns of bytes.
+__device__ __forceinline__ void arrange(const Room& room, const Places& p, const Number* given, int octet, int b) {
+    const int left = IN - octet * 8;
+    const float inverse = __frcp_rn(unit_of(room.largest[b]));
+    u32 value[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) value[k] = whole(EVEN || k < left ? to_float(given[p.at[k]]) : 0.0f, inverse);
+    u32 pair[2][4];  // their low two bytes and their high two bytes, side by side
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        pair[0][k] = __byte_perm(value[2 * k], value[2 * k + 1], 0x5140);
+        pair[1][k] = __byte_perm(value[2 * k], value[2 * k + 1], 0x7362);
+    }
+    uint2* to = (uint2*)(room.x + octet / 4 * SEGMENT_BYTES + octet % 4 * 8) + b * PARTS * 4;
+    float* sums = room.sums + octet / 4 * COLUMNS + b * PARTS;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {  // the highest byte first
+        const int byte = PARTS - 1 - part, select = byte % 2 ? 0x7632 : 0x5410;
+        const u32(&from)[4] = pair[byte / 2];
+        const u32 first = __byte_perm(from[0], from[1], select) ^ 0x80808080, second = __byte_perm(from[2], from[3], select) ^ 0x80808080;
+        to[part * 4] = make_uint2(first, second);
+        int sum = __dp4a((int)first, 0x01010101, __dp4a((int)second, 0x01010101, 0));
+        const u32 four = 15u << (threadIdx.x & 28);  // the threads of this segment
+        sum += __shfl_xor_sync(four, sum, 1);
+        sum += __shfl_xor_sync(four, sum, 2);
+        if (octet % 4 == 0) sums[part] = (float)sum;
+    }
+}
+
+// One more segment, of zeros, stands in where a unit has only one. Nothing is the largest so far.
+__device__ __forceinline__ void add_zeros(const Room& room) {
+    for (int i = threadIdx.x; i < COLUMNS * 4; i += THREADS)
+        ((uint2*)(room.x + SEGMENTS_IN_ALL * SEGMENT_BYTES))[i] = make_uint2(0, 0);
+    for (int i = threadIdx.x; i < COLUMNS; i += THREADS) room.sums[SEGMENTS_IN_ALL * COLUMNS + i] = 0;
+    if (threadIdx.x < COUNT) room.largest[threadIdx.x] = 0;
+}
+
+// ---------------------------------------------------------------------------------------------------- weights
+
+// Words of four rows in a stage. Swizzled, as lanes with one g read four word rows at once.
+__device__ __forceinline__ uint4 staged(const char* stage, int row, int g) {
+    return *(const uint4*)(stage + row * 128 + ((g ^ (row & 3) * 2) << 4));
+}
+
+// Scale of row `lane`, and scale times zero point.
+template <int BITS>
+__device__ __forceinline__ void step(const u32* tail, u16 base, const Lane& l, const Room& room) {
+    if constexpr (BITS == 16) return;
+    const u32 zero = zero_from<BITS>([&](int i) { return tail[i]; }, l.lane, l.field);
+    const float scale = scale_from<BITS>(base, tail[8 + l.lane / 8], l.field);
+    room.steps[l.lane] = make_float2(scale, scale * (float)zero);
+    if (MASKED) room.absent[l.lane] = zero * 0x01010101u;
+}
+
+// ---------------------------------------------------------------------------------------------------- products
+
+typedef float Results[2][TILES][4];  // of rows 4g + 2m and 4g + 2m + 1, columns 2t and 2t + 1 of every tile
+typedef int Sums[2][TILES][4];
+
+// Add the codes of four rows times the activations of one segment.
+__device__ __forceinline__ void multiply_codes(Sums& d, const Codes& c, const char* x, const Lane& l) {
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        uint2 b = make_uint2(0, 0);
+        if (n * 8 + l.g < COLUMNS) b = *(const uint2*)(x + (n * 8 + l.g) * 32 + l.t * 8);
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+            multiply(d[m][n], c.chunk[0][2 * m], c.chunk[0][2 * m + 1], c.chunk[1][2 * m], c.chunk[1][2 * m + 1], b);
+    }
+}
+
+// float16 values, given as their low and high bytes: few weights have them, so they are multiplied one by one.
+__device__ __forceinline__ void add_raw(const Codes& lows, const Codes& highs, const char* x, const Lane& l,
+                                        Results& result) {
+#pragma unroll 1
+    for (int column = 0; column < COLUMNS; column++) {
+        const signed char* bytes = (const signed char*)x + column * 32 + l.t * 8;
+        float sum[4] = {};
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u32 low = lows.chunk[k / 4][j] >> (8 * (k % 4)) & 255, high = highs.chunk[k / 4][j] >> (8 * (k % 4)) & 255;
+                sum[j] += half_to_float((u16)(low | high << 8)) * (float)bytes[k];
+            }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            sum[j] += __shfl_xor_sync(~0u, sum[j], 1);
+            sum[j] += __shfl_xor_sync(~0u, sum[j], 2);
+#pragma unroll
+            for (int n = 0; n < TILES; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (column == n * 8 + 2 * l.t + i) result[j / 2][n][j % 2 * 2 + i] += sum[j];
+        }
+    }
+}
+
+// Add what was found for a unit, `sums` being those of the activations of one of its segments, `more` of the other.
+__device__ __forceinline__ void add_unit(const float* sums, const float* more, const Room& room, const Lane& l,
+                                         const Sums& d, Results& result) {
+    float ones[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int column = min(n * 8 + 2 * l.t + i, COLUMNS - 1);
+            ones[n][i] = sums[column] + (SEGMENTS == 2 ? more[column] : 0.0f);
+        }
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        const float4 two = ((const float4*)room.steps)[2 * l.g + m];  // of two rows
+        const float2 steps[2] = {{two.x, two.y}, {two.z, two.w}};
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float sum = __int_as_float(d[m][n][i]) - __int_as_float(MAGIC);
+                result[m][n][i] = fmaf(steps[i / 2].x, sum, fmaf(-steps[i / 2].y, ones[n][i % 2], result[m][n][i]));
+            }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- units
+
+#if MASKED
+// Bring the survivors of a unit to the L2 cache: up to 32 rows times 128 bytes.
+__device__ __forceinline__ void bring_survivors(const Args& a, const Unit& u, const Lane& l) {
+#pragma unroll 1
+    for (int s = 0; s < u.segments; s++) {
+        const uint2 range = survivors_of(a.w, l.tile, u.segment + s);
+        const int words = blocks_of(range) * u.bits, at = 32 * l.lane;
+        if (at < words) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.w.codes + u.word + (size_t)(range.x / 32) * u.bits + at));
+    }
+}
+#endif
+
+// Start to copy what a unit needs of the weight.
+__device__ __forceinline__ void fetch(const Args& a, const Unit& u, const Lane& l, u32 stage) {
+#if MASKED
+    bring_survivors(a, u, l);
+#else
+    const int words = u.bits * u.segments - l.from_row;
+    const char* from = l.codes + u.word * l.row_bytes;
+    if (ALIGNED) {
+        const u32 to = stage + l.codes_to, four_rows = 4 * l.row_bytes;
+#pragma unroll
+        for (int i = 0; i < 16; i += 4, from += four_rows)
+            if (i < words) copy16(to + i * 128, from);
+    } else
+#pragma unroll 1
+        for (int r = 0; r < words; r++, from += l.row_bytes)
+            copy4(stage + r * 128 + (l.codes_to ^ (r & 3) << 5), from);
+#endif
+    const int at = (l.lane < 8 ? u.zero : u.grid * a.w.scale_words) + l.zero_tile * u.bits;
+    if (l.lane < (l.lane < 8 ? u.zero_lanes : u.scale_lanes)) copy4(stage + a.stage_bytes - TAIL + l.lane * 4, l.tail + (u32)at);
+}
+
+template <int BITS>
+__device__ __forceinline__ void process(const Args& a, const Unit& u, const char* stage, u16 base, const Lane& l,
+                                        const Room& room, const u32* pick, Results& result) {
+    step<BITS>((const u32*)(stage + a.stage_bytes - TAIL), base, l, room);
+    Sums d;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) d[m][n][i] = MAGIC;
+    const int second = u.segments == 1 ? SEGMENTS_IN_ALL : u.segment + 1;
+#pragma unroll
+    for (int s = 0; s < (BITS == 16 ? 1 : SEGMENTS); s++) {
+        Codes c[2];
+#if MASKED
+        const int segment = u.segment + min(s, u.segments - 1);
+        const u32 mask = mask_of(a.w, segment, l.tile * 32 + l.lane);
+        const uint2 range = survivors_of(a.w, l.tile, segment);
+        __syncwarp();
+        spread<BITS>(a.w.codes + u.word + (size_t)(range.x / 32) * BITS, blocks_of(range), l.lane, room.survivors);
+        __syncwarp();
+        masked_codes<BITS>(room.survivors, mask, range.x, l.lane, room.absent, pick, c);
+#else
+        auto four = [&](int row) { return staged(stage, s * BITS + row, l.g); };
+        if constexpr (BITS == 16) {
+            c[0] = codes_from<8>(four, l.t);
+            c[1] = codes_from<8>([&](int row) { return four(8 + row); }, l.t);
+        } else c[0] = codes_from<BITS>(four, l.t);
+#endif
+        const char* x = room.x + (s ? second : u.segment) * SEGMENT_BYTES;
+        if constexpr (BITS == 16) add_raw(c[0], c[1], x, l, result);
+        else multiply_codes(d, c[0], x, l);
+    }
+    if constexpr (BITS == 16) return;
+    __syncwarp();
+    add_unit(room.sums + u.segment * COLUMNS, room.sums + second * COLUMNS, room, l, d, result);
+    __syncwarp();
+}
+
+// ---------------------------------------------------------------------------------------------------- clusters
+
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+#else
+    return 0;
+#endif
+}
+
+__device__ __forceinline__ int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+    int r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+#else
+    return 1;
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+__device__ __forceinline__ float of_block(const float* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+    u32 there;
+    float f;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there) : "memory");
+    return f;
+#else
+    return *p;
+#endif
+}
+
+__device__ __forceinline__ void group_barrier() {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + (int)threadIdx.x / (WARPS * 32)), "n"(WARPS * 32) : "memory");
+}
+
+// Add up what the warps of a group found, then the groups of the cluster: always in the same order. Each warp's results
+// take the place of its ring; `stride` bytes are between two of them.
+__device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, float row_scale, const u32* largest,
+                                       const Results& result, char* rooms, int stride) {
+    auto found = [&](int w, int i) -> float& { return ((float*)(rooms + w * stride))[i]; };  // (COLUMNS, 32)
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int column = n * 8 + 2 * l.t + i % 2;
+                if (column < COLUMNS) found(warp, column * 32 + 4 * l.g + 2 * m + i / 2) = result[m][n][i];
+            }
+    group_barrier();
+    for (int i = warp * 32 + l.lane; i < COLUMNS * 32; i += WARPS * 32) {
+        float sum = found(0, i);
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) sum += found(w, i);
+        found(0, i) = sum;  // no other thread reads this place of the first warp's
+    }
+    const int splits = cluster_size();
+    if (splits > 1) cluster_barrier();
+    else group_barrier();
+    const int row = l.tile * 32 + l.lane;
+    if (cluster_rank() == 0 && row < a.w.rows)
+#pragma unroll 1
+        for (int b = warp; b < COUNT; b += WARPS) {
+            float sum = 0;
+#pragma unroll 1
+            for (int r = 0; r < splits; r++) {
+                float weight = 1;  // of the last byte
+#pragma unroll
+                for (int part = PARTS - 1; part >= 0; part--, weight *= 256)
+                    sum += weight * of_block(&found(0, (b * PARTS + part) * 32 + l.lane), r);
+            }
+            sum *= unit_of(largest[b]) * row_scale;
+            if (a.bias) sum += to_float(__ldg((const Number*)a.bias + row));
+            store(a.out, (size_t)b * a.w.rows + row, sum);
+        }
+    if (splits > 1) cluster_barrier();  // nobody leaves while others read
+}
+
+#define WIDTH(BITS) \
+    case BITS: \
+        process<BITS>(a, u, stage, base, l, room, pick, result); \
+        break;
+
+constexpr int bytes_of(int n) { return n + 127 & ~127; }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Args a) {
+    extern __shared__ __align__(128) char shared[];
+    const int warp = threadIdx.x / 32 % WARPS;
+    const Lane l = lane_of(a);
+    const int ring_bytes = STAGES * a.stage_bytes;
+    Room room;
+    room.largest = (u32*)shared;
+    room.given = shared + bytes_of(COUNT * 4);
+    room.x = room.given + bytes_of(AT_ONCE * IN * sizeof(Number));
+    room.sums = (float*)(room.x + (SEGMENTS_IN_ALL + 1) * SEGMENT_BYTES);
+    const int stride = max(ring_bytes + ROOM_BYTES + a.most_units * 16, COLUMNS * 128);
+    char* rooms = (char*)room.sums + bytes_of((SEGMENTS_IN_ALL + 1) * COLUMNS * 4) + threadIdx.x / (WARPS * 32) * WARPS * stride;
+    room.ring = rooms + warp * stride;
+    room.ring_at = address(room.ring);
+    room.steps = (float2*)(room.ring + ring_bytes);
+    room.absent = (u32*)(room.steps + 32);
+    room.survivors = (char*)(room.absent + 32);
+    room.units = (int4*)(room.ring + ring_bytes + ROOM_BYTES);
+    const u32* pick = nullptr;
+#if MASKED
+    __shared__ u32 picks[16];
+    if (threadIdx.x < 16) picks[threadIdx.x] = PICK[threadIdx.x];
+    pick = picks;
+#endif
+    // What is short and waited for is loaded before the memory is busy with words.
+    const int4* units = a.units + (cluster_rank() * WARPS + warp) * a.most_units;
+    const int4 first_unit = __ldg(units + min(l.lane, a.most_units - 1));
+    fetch_activations(a, room, 0);
+    commit();
+    Places order[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) order[r] = places(a, (r * THREADS + (int)threadIdx.x) * 8);
+    const int row = l.tile * 32 + l.lane;
+    const float row_scale = CODED && row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) : 1.0f;
+    add_zeros(room);
+    if (l.lane < a.most_units) room.units[l.lane] = first_unit;
+    for (int i = l.lane + 32; i < a.most_units; i += 32) room.units[i] = __ldg(units + i);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) {
+        if (i < a.most_units) {
+            const Unit u = unit(room.units[i]);
+            if (u.bits) fetch(a, u, l, room.ring_at + i * a.stage_bytes);
+        }
+        commit();
+    }
+    wait_for_all_but<STAGES>();
+    for (int b = 0; b < COUNT; b += AT_ONCE) {
+        if (b) {
+            __syncthreads();
+            fetch_activations(a, room, b);
+            commit();
+            wait_for_all_but<0>();
+        }
+        __syncthreads();
+        find_largest(room, b);
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            const int octet = r * THREADS + threadIdx.x;
+            if (octet < SEGMENTS_IN_ALL * 4)
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++)
+                    if (b + i < COUNT) arrange(room, order[r], (const Number*)room.given + i * IN, octet, b + i);
+        }
+    }
+    __syncthreads();
+    Results result = {};
+    int at = 0;  // of the ring
+#pragma unroll 1
+    for (int i = 0; i < a.most_units; i++) {
+        const Unit u = unit(room.units[i]);
+        if (!u.bits) break;
+        const u16 base = u.bits == 16 ? 0 : scale_base(a.w, u.grid, l.tile * 32 + l.lane);
+        const char* stage = room.ring + at;
+        wait_for_all_but<STAGES - 1>();
+        __syncwarp();
+        switch (u.bits) {
+            WIDTH(1)
+            WIDTH(2)
+            WIDTH(3)
+            WIDTH(4)
+            WIDTH(5)
+            WIDTH(6)
+            WIDTH(7)
+            WIDTH(8)
+            WIDTH(16)
+        }
+        if (i + STAGES < a.most_units) {
+            const Unit later = unit(room.units[i + STAGES]);
+            if (later.bits) fetch(a, later, l, room.ring_at + at);
+        }
+        commit();
+        at = at == (STAGES - 1) * a.stage_bytes ? 0 : at + a.stage_bytes;
+    }
+    wait_for_all_but<0>();
+    finish(a, l, warp, row_scale, room.largest, result, rooms, stride);
+}

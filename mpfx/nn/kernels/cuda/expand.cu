@@ -1,0 +1,143 @@
+// A packed weight unpacked, transposed and in the order of the input: for many rows of activations, next to a matrix
+// product. A warp has 32 rows of a segment; lane (g, t) of it rows 4g .. 4g+3, channels 8t .. 8t+7.
+//
+// Set by whoever compiles, besides what packed.cuh needs: WARPS of a block, ORDER as in decode.cu.
+
+struct Args {
+    const void* order;
+    Weight w;
+    const int4* units;  // (segments,): bits, first word row (under a mask, first word of the width), grid, zero points
+    void* out;          // (IN, out_rows), rows `first_row` ... of the weight
+    int first_row, out_rows;
+};
+
+__device__ __forceinline__ int place_of(const Args& a, int channel) {
+    if (ORDER == 0) return channel;
+    return ORDER == 2 ? __ldg((const u16*)a.order + channel) : __ldg((const int*)a.order + channel);
+}
+
+// Two numbers of 16 bits in one register.
+__device__ __forceinline__ u32 two_numbers(float low, float high) {
+    u32 both;
+    if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// Four rows of a channel; `left` of them are wanted.
+__device__ __forceinline__ void write(const Args& a, int channel, int column, int left, const float (&v)[4]) {
+    if (channel >= IN || left <= 0) return;
+    Number* to = (Number*)a.out + (size_t)place_of(a, channel) * a.out_rows + column;
+    if (left >= 4 && a.out_rows % 4 == 0) {
+        if constexpr (DTYPE == 2) *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+        else *(uint2*)to = make_uint2(two_numbers(v[0], v[1]), two_numbers(v[2], v[3]));
+    } else
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (j < left) {
+                if constexpr (DTYPE == 2) to[j] = v[j];
+                else to[j] = (u16)two_numbers(v[j], 0);
+            }
+}
+
+struct Room {
+    float2* steps;    // 32 rows: scale, zero point
+    u32* absent;      // MASKED only: the zero points as four bytes
+    char* survivors;  // MASKED only
+};
+
+template <int BITS>
+__device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int segment, int tile, int lane,
+                                           const Room& room, const u32* pick, Codes (&c)[2]) {
+#if MASKED
+    const uint2 range = survivors_of(a.w, tile, segment);
+    spread<BITS>(a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS, blocks_of(range), lane, room.survivors);
+    __syncwarp();
+    masked_codes<BITS>(room.survivors, mask_of(a.w, segment, tile * 32 + lane), range.x, lane, room.absent, pick, c);
+#else
+    const int column = tile * 32 + lane / 4 * 4, left = a.w.rows - column;
+    auto four = [&](int row) {
+        const u32* p = a.w.codes + (size_t)((u32)unit.y + row) * a.w.rows + (left > 0 ? column : 0);
+        if (ALIGNED) return __ldg((const uint4*)p);
+        return make_uint4(__ldg(p), left > 1 ? __ldg(p + 1) : 0, left > 2 ? __ldg(p + 2) : 0, left > 3 ? __ldg(p + 3) : 0);
+    };
+    if constexpr (BITS == 16) {
+        c[0] = codes_from<8>(four, lane % 4);
+        c[1] = codes_from<8>([&](int row) { return four(8 + row); }, lane % 4);
+    } else c[0] = codes_from<BITS>(four, lane % 4);
+#endif
+}
+
+template <int BITS>
+__device__ __forceinline__ void load_steps(const Args& a, const int4& unit, int tile, int lane, const Room& room) {
+    const Field field = field_of(lane);
+    const u32* zeros = a.w.zeros + unit.w + tile * BITS;
+    const u32 zero = zero_from<BITS>([&](int i) { return __ldg(zeros + i); }, lane, field);
+    const u32 code = CODED ? __ldg(a.w.scale_codes + (size_t)unit.z * a.w.scale_words + tile * 4 + lane / 8) : 0;
+    const int row = min(tile * 32 + lane, a.w.rows - 1);
+    const float row_scale = CODED ? half_to_float(__ldg(a.w.row_scales + row)) : 1.0f;
+    room.steps[lane] = make_float2(row_scale * scale_from<BITS>(scale_base(a.w, unit.z, row), code, field), (float)zero);
+    if (MASKED) room.absent[lane] = zero * 0x01010101u;
+}
+
+template <int BITS>
+__device__ __forceinline__ void expand_segment(const Args& a, const int4& unit, int segment, int tile, int lane,
+                                               const Room& room, const u32* pick) {
+    if constexpr (BITS > 0 && BITS < 16) load_steps<BITS>(a, unit, tile, lane, room);
+    __syncwarp();
+    Codes c[2] = {};
+    if constexpr (BITS > 0) load_codes<BITS>(a, unit, segment, tile, lane, room, pick, c);
+    float2 steps[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) steps[j] = room.steps[lane / 4 * 4 + j];
+    const int column = tile * 32 + lane / 4 * 4 - a.first_row;
+    const int left = min(a.out_rows, a.w.rows - a.first_row) - column;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const u32 code = c[0].chunk[k / 4][j] >> (8 * (k % 4)) & 255;
+            if constexpr (BITS == 0) v[j] = 0;
+            else if constexpr (BITS == 16)
+                v[j] = half_to_float((u16)(code | (c[1].chunk[k / 4][j] >> (8 * (k % 4)) & 255) << 8));
+            else v[j] = (__uint_as_float(0x4B000000 | code) - (8388608.0f + steps[j].y)) * steps[j].x;
+        }
+        write(a, segment * 32 + lane % 4 * 8 + k, column, left, v);
+    }
+}
+
+#define WIDTH(BITS) \
+    case BITS: \
+        expand_segment<BITS>(a, unit, segment, tile, lane, room, pick); \
+        break;
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(const __grid_constant__ Args a) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int segment = blockIdx.y, tile = a.first_row / 32 + blockIdx.x * WARPS + warp;
+    __shared__ __align__(16) float2 steps[WARPS][32];
+    Room room = {steps[warp], nullptr, nullptr};
+    const u32* pick = nullptr;
+#if MASKED
+    __shared__ __align__(16) u32 absent[WARPS][32];
+    __shared__ __align__(16) char survivors[WARPS][2 * SURVIVOR_BYTES];
+    __shared__ u32 picks[16];
+    room.absent = absent[warp], room.survivors = survivors[warp], pick = picks;
+    if (threadIdx.x < 16) picks[threadIdx.x] = PICK[threadIdx.x];
+    __syncthreads();
+#endif
+    if (tile * 32 >= min(a.w.rows, a.first_row + a.out_rows)) return;
+    const int4 unit = __ldg(a.units + segment);
+    switch (unit.x) {
+        WIDTH(0)
+        WIDTH(1)
+        WIDTH(2)
+        WIDTH(3)
+        WIDTH(4)
+        WIDTH(5)
+        WIDTH(6)
+        WIDTH(7)
+        WIDTH(8)
+        WIDTH(16)
+    }
+}

@@ -1,0 +1,72 @@
+"""Which of several ways to run a kernel is the fastest on a device: measured once, kept on disk."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+from mpfx.nn.kernels.cuda.kept import cache_folder, replace
+
+T = TypeVar("T")
+_REPEATS = 5
+
+
+def fastest(key: str, candidates: Sequence[T], run: Callable[[T], None], device: torch.device) -> T:
+    """The candidate that runs shortest.
+
+    Measured at the first call with a key on a kind of device, with caches that hold nothing of use, and kept for later
+    processes in ``tuned.json`` of the cache folder. While a CUDA graph is captured, or with ``MPFX_TUNE=0``, nothing is
+    measured: then the first candidate it is.
+
+    Args:
+        key: of what is run, without the device.
+        candidates: at least one, the likeliest first.
+        run: runs one on the current stream.
+        device: that it runs on.
+    """
+    name = f"{torch.cuda.get_device_name(device)}: {key}; {candidates}"
+    known = _chosen().get(name)
+    if isinstance(known, int) and 0 <= known < len(candidates):
+        return candidates[known]
+    if len(candidates) == 1 or torch.cuda.is_current_stream_capturing() or os.environ.get("MPFX_TUNE") == "0":
+        return candidates[0]
+    times = _times(candidates, run, device)
+    _keep(name, times.index(min(times)))
+    return candidates[times.index(min(times))]
+
+
+def _times(candidates: Sequence[T], run: Callable[[T], None], device: torch.device) -> list[float]:
+    other = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    times = []
+    for candidate in candidates:
+        run(candidate)  # compiles it
+        found = []
+        for _ in range(_REPEATS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            other.zero_()
+            start.record()
+            run(candidate)
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end))
+        times.append(min(found))
+    return times
+
+
+@cache
+def _chosen() -> dict[str, Any]:
+    try:
+        read = json.loads((cache_folder() / "tuned.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _keep(name: str, index: int) -> None:
+    _chosen()[name] = index
+    with suppress(OSError):  # then the next process measures again
+        replace(cache_folder() / "tuned.json", json.dumps(_chosen(), indent=1).encode())
