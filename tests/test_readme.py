@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpfx.bench import QUALITY
+from mpfx.bench.quality import QUALITY
 from mpfx.cli import parser
 
 ROOT = Path(__file__).parent.parent
