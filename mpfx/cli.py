@@ -315,6 +315,33 @@ def _tell(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _generate_parser() -> _Parser:
+    from mpfx.bench.models import PRESETS
+
+    built = _Parser(description="Let a random model generate, dense and packed; batch 1, greedy, static cache.")
+    built.add_argument(
+        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
+    )
+    built.add_argument("--bits", type=float, default=4.25, help="Stored bits per weight, widths mixed.")
+    built.add_argument("--prompt", type=int, default=32, help="Tokens that are there before.")
+    built.add_argument("--tokens", type=int, default=224, help="Tokens that are generated.")
+    _add_device(built)
+    return built
+
+
+def _generate(options: Namespace) -> int:
+    from mpfx.bench.generate import GenerateConfig, bench
+
+    output = _new_file(options.output)
+    _print_bench(bench(GenerateConfig(**_own(options)), on_model=_tell), output)
+    return 0
+
+
+def _own(options: Namespace) -> dict[str, Any]:
+    """The fields of a bench's config."""
+    return {name: value for name, value in vars(options).items() if name not in ("output", "log_level")}
+
+
 def _linear_parser() -> _Parser:
     from mpfx.bench.linear import SHAPES
 
@@ -337,13 +364,8 @@ def _linear(options: Namespace) -> int:
     from mpfx.bench.linear import LinearConfig, bench
 
     output = _new_file(options.output)
-    config = LinearConfig(**{name: value for name, value in vars(options).items() if name not in _OUTSIDE})
-    found = bench(config, on_shape=_tell)
-    _print_bench(found, output)
+    _print_bench(bench(LinearConfig(**_own(options)), on_shape=_tell), output)
     return 0
-
-
-_OUTSIDE = ("output", "log_level")  # options of a bench that are none of its config
 
 
 def _new_file(path: str | None) -> Path | None:
@@ -412,6 +434,7 @@ _COMMANDS = {
 _SUITES = {
     "quality": _Command(_quality_parser, _quality, raw=True),
     "linear": _Command(_linear_parser, _linear, smaller="choose smaller `rows` or `shapes`"),
+    "generate": _Command(_generate_parser, _generate, smaller="choose a smaller `model`"),
 }
 """What follows ``mpfx bench``."""
 

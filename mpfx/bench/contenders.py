@@ -142,7 +142,8 @@ def packed(name: str, layout: Layout, stage: Stage, sparsity: float | None = Non
     module = MixedPrecisionLinear(weight, permutation=order, dtype=stage.dtype)
     nbytes = weight.nbytes + order.nbytes
     modules = [_copy(module) for _ in stage.copies(nbytes)]
-    return Contender(name, stage.bits(nbytes), nbytes, modules, lambda x: reference(x, weight, order, None))
+    exact = partial(reference, weight=weight, permutation=order, bias=None)
+    return Contender(name, stage.bits(nbytes), nbytes, modules, exact, optional=sparsity is not None)
 
 
 def _copy(module: MixedPrecisionLinear) -> MixedPrecisionLinear:

@@ -16,6 +16,12 @@ from mpfx.bench.weights import mixed_layout, uniform_layout
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "1024x4096", "14336x4096", "4096x14336")
 """Sites of Llama-2-7B (the first three) and Llama-3-8B, as OUTxIN."""
 
+HEAD = (
+    *("weight", "rows", "packed", "stored bits", "µs", f"{DENSE} µs", "times as fast", f"{INT4} µs"),
+    *("GB/s", "of copy", "error"),
+)
+"""Of the table."""
+
 ROWS = {"cuda": (1, 8, 512, 4096), "cpu": (1, 8, 512)}
 """Rows of activations by kind of device."""
 
@@ -130,10 +136,9 @@ class LinearReport:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows of the table: one row per packed weight, what it is compared with beside it."""
-        head = ["weight", "rows", "packed", "stored bits", "µs", f"{DENSE} µs", "times as fast", "int4 µs", "GB/s"]
         known = {(t.shape, t.rows, t.name): t.seconds for t in self.timings}
         packed = [t for t in self.timings if t.name not in (DENSE, INT4)]
-        return [*head, "of copy", "error"], [self._row(t, known) for t in packed]
+        return list(HEAD), [self._row(t, known) for t in packed]
 
     def _row(self, t: Timing, known: dict[tuple[str, int, str], float]) -> list[str]:
         dense, other = (known.get((t.shape, t.rows, name)) for name in (DENSE, INT4))
