@@ -28,7 +28,7 @@ class Contender:
         nbytes: of one copy of the weight.
         runs: one function per copy; takes activations ``(rows, in)``.
         exact: gives the result in float32 for activations in float32.
-        optional: whether the others are measured if this one fails.
+        optional: whether the others are measured if this one fails or is wrong.
     """
 
     name: str

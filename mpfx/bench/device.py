@@ -1,6 +1,7 @@
 """Where a measurement runs: device and dtype by name, the size of its caches, and what a report says of it."""
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def device_of(name: str | None) -> torch.device:
             "choose another, or `cpu`."
         )
     return torch.device("cuda", int(number or 0))
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one: events and graphs belong to that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:

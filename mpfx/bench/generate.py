@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpfx.bench.decoding import Decoder, decode
-from mpfx.bench.device import device_of, dtype_of, environment
+from mpfx.bench.device import current, device_of, dtype_of, environment
 from mpfx.bench.models import check_bits, config_of, packed_bits_of, random_model, stored_bytes_of
 from mpfx.bench.report import place
 
@@ -136,7 +136,8 @@ def bench(config: GenerateConfig, *, on_model: Callable[[str], None] = lambda te
     runs = []
     for name, bits in (("dense", None), ("packed", config.bits)):
         on_model(f"{config.model}, {name}")
-        runs.append(_generation(name, sizes, bits, config))
+        with current(device):
+            runs.append(_generation(name, sizes, bits, config))
         gc.collect()  # models have cycles
     return GenerateReport(config.model, tuple(runs), environment(device, dtype_of(config.dtype, device)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpfx.bench.contenders import DENSE, INT4, Contender, Stage, dense, packed, torch_int4
-from mpfx.bench.device import device_of, dtype_of, environment, last_level_cache
+from mpfx.bench.device import current, device_of, dtype_of, environment, last_level_cache
 from mpfx.bench.report import place
 from mpfx.bench.timing import Stopwatch, copies, copy_speed, stopwatch
 from mpfx.bench.weights import mixed_layout, uniform_layout
@@ -188,15 +188,19 @@ def bench(
     notes: list[str] = []
     for out_features, in_features in config.sizes:  # refused before anything is measured
         copies(int(min(config.bits) * out_features * in_features / 8), device, cache)
-    with torch.no_grad():
+    with torch.no_grad(), current(device):
         speed = copy_speed(device, cache, clock)
         for out_features, in_features in config.sizes:
             on_shape(f"{out_features}x{in_features}")
-            stage = Stage(out_features, in_features, device, dtype, cache)
-            contenders = list(_contenders(config, stage, notes))
-            for rows in config.rows or ROWS[device.type]:
-                timings += _measure(stage, contenders, rows, clock, notes)
+            timings += _of_weight(config, Stage(out_features, in_features, device, dtype, cache), clock, notes)
     return LinearReport(speed, tuple(timings), tuple(notes), environment(device, dtype))
+
+
+def _of_weight(config: LinearConfig, stage: Stage, clock: Stopwatch, notes: list[str]) -> list[Timing]:
+    """All timings of one weight, whose copies are gone afterwards."""
+    contenders = list(_contenders(config, stage, notes))
+    counts = config.rows or ROWS[stage.device.type]
+    return [timing for rows in counts for timing in _measure(stage, contenders, rows, clock, notes)]
 
 
 def _contenders(config: LinearConfig, stage: Stage, notes: list[str]) -> Iterator[Contender]:
@@ -224,7 +228,7 @@ def _measure(
     for contender in contenders:
         try:
             errors[contender.name] = contender.error(x)
-        except RuntimeError as error:
+        except (RuntimeError, ArithmeticError) as error:
             if not contender.optional or isinstance(error, torch.OutOfMemoryError):
                 raise
             notes.append(_note(contender.name, stage.shape, error, rows))
@@ -235,6 +239,6 @@ def _measure(
         yield Timing(stage.shape, rows, c.name, c.bits, c.nbytes + around, seconds[c.name], errors[c.name])
 
 
-def _note(name: str, shape: str, error: RuntimeError, rows: int | None = None) -> str:
+def _note(name: str, shape: str, error: Exception, rows: int | None = None) -> str:
     where = shape if rows is None else f"{shape}, {rows} rows"
     return f"no {name} for {where}: {str(error).splitlines()[0]}"

@@ -111,6 +111,10 @@ def test_what_torch_lacks_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_kernel(*_: Any) -> None:
         raise RuntimeError("no such kernel\nin this build")
 
+    linear_of = Int4Weight.linear
+    monkeypatch.setattr(Int4Weight, "linear", lambda self, x: linear_of(self, x) * 1.1)
+    found = bench(LinearConfig(device="cpu", rows=(3,), shapes=("128x256",)), clock=known, cache=CACHE)
+    assert "3 rows: int4: relative error 0.1" in found.notes[0]  # not ours: the others are measured
     monkeypatch.setattr(Int4Weight, "linear", no_kernel)
     found = bench(LinearConfig(device="cpu", rows=(3,), shapes=("128x256",)), clock=known, cache=CACHE)
     assert found.notes == ("no int4 for 128x256, 3 rows: no such kernel",)
