@@ -19,6 +19,7 @@ from mpfx.passes import PassError
 
 if TYPE_CHECKING:
     from mpfx.allocate import Domain, OptimalConfig
+    from mpfx.bench.report import BenchReport
 
 QUALITY_CONFIG = "configs/quality.yaml"
 """What `mpfx bench quality` reads where no other config is named."""
@@ -27,24 +28,32 @@ QUALITY_CONFIG = "configs/quality.yaml"
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``mpfx``; returns the exit status: 0, or 2 for input that was refused."""
     given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["bench"] and not any(word.split("=")[0] == "--config" for word in given):
-        given[1:1] = ["--config", QUALITY_CONFIG]  # first, so that all other options overrule it
-    top = parser(given[0] if given and given[0] in _COMMANDS else None)
+    if given[:2] == ["bench", "quality"] and not any(word.split("=")[0] == "--config" for word in given):
+        given[2:2] = ["--config", QUALITY_CONFIG]  # first, so that all other options overrule it
+    top = parser(*given[:1])
     options = top.parse_args(given)
-    command = _COMMANDS[options.command]
+    name, command, chosen = _chosen(options)
     try:
         if not command.raw:
-            options = top.instantiate(options)
-        with _logging(options[options.command].log_level):
-            return command.run(options[options.command])
+            *_, chosen = _chosen(top.instantiate(options))
+        with _logging(chosen.log_level):
+            return command.run(chosen)
     except torch.OutOfMemoryError as error:
-        reason: object = f"out of memory; lower `calibration.batch_size` or `evaluation.batch_size`. {error}"
+        reason: object = f"out of memory; {command.smaller}. {error}"
     except Exception as error:
         if not _refused(error):
             raise
         reason = error.__cause__ if isinstance(error, PassError) else error
-    Console(stderr=True).print(f"mpfx {options.command}: {reason}", style="red", markup=False, soft_wrap=True)
+    Console(stderr=True).print(f"mpfx {name}: {reason}", style="red", markup=False, soft_wrap=True)
     return 2
+
+
+def _chosen(options: Namespace) -> "tuple[str, _Command, Namespace]":
+    """The name of the command, the command, and its own options."""
+    name, own = options.command, options[options.command]
+    if name == "bench":
+        return f"bench {own.suite}", _SUITES[own.suite], own[own.suite]
+    return name, _COMMANDS[name], own
 
 
 def _refused(error: Exception) -> bool:
@@ -80,13 +89,24 @@ def parser(command: str | None = None) -> _Parser:
     """Build the parser of all commands, or of one, which spares what the others import."""
     top = _Parser(prog="mpfx", description="Pick a size, get the best language model of that size.")
     commands = top.add_subcommands(dest="command", required=True)
-    for name in _COMMANDS if command is None else (command,):
-        built = _COMMANDS[name].parser()
-        built.add_argument(
-            "--log_level", default="warning", choices=("debug", "info", "warning"), help="Of mpfx's loggers."
-        )
-        commands.add_subcommand(name, built)
+    _add(commands, {command: _COMMANDS[command]} if command in _COMMANDS else {} if command == "bench" else _COMMANDS)
+    if command not in _COMMANDS:
+        bench = _Parser(description="Measure: what README's figures come from.")
+        commands.add_subcommand("bench", bench)
+        _add(bench.add_subcommands(dest="suite", required=True), _SUITES)
     return top
+
+
+def _add(commands: Any, added: "Mapping[str, _Command]") -> None:
+    for name, command in added.items():
+        commands.add_subcommand(name, _with_log_level(command.parser()))
+
+
+def _with_log_level(built: _Parser) -> _Parser:
+    built.add_argument(
+        "--log_level", default="warning", choices=("debug", "info", "warning"), help="Of mpfx's loggers."
+    )
+    return built
 
 
 def _run_parser(description: str) -> _Parser:
@@ -268,39 +288,110 @@ def _sweep(options: Namespace) -> int:
     return 0 if any(outcome.result for outcome in found.outcomes) else 2
 
 
-def _bench_parser() -> _Parser:
-    from mpfx.bench import BITS
+def _quality_parser() -> _Parser:
+    from mpfx.bench.quality import BITS
 
     built = _run_parser(f"Measure the defaults against their alternatives. Config by default: {QUALITY_CONFIG}.")
-    built.add_argument("suite", choices=("quality",), help="Which table.")
     built.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="Stored bits of the rows.")
     built.add_argument("--rows", nargs="+", default=[], metavar="PATTERN", help="Only rows with such names.")
     _add_also(built)
     return built
 
 
-def _bench(options: Namespace) -> int:
-    from mpfx.bench import bench, cells, chosen_rows, plot
+def _quality(options: Namespace) -> int:
+    from mpfx.bench.quality import bench, cells, chosen_rows, plot
     from mpfx.report import table
 
-    output, console = Path(options.output), Console(stderr=True)
-    found = bench(
-        _base(options),
-        chosen_rows(options.rows),
-        output,
-        bits=options.bits,
-        also=options.also,
-        on_row=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-    )
+    output = Path(options.output)
+    found = bench(_base(options), chosen_rows(options.rows), output, bits=options.bits, also=options.also, on_row=_tell)
     note = plot(found, output / "bench.png")
     head, rows = cells(found)
     _print_search(table(head, rows), found.dense, note, output)
     return 0 if any(outcome.result for outcome in found.outcomes) else 2
 
 
+def _tell(text: str) -> None:
+    """Print a line about what goes on, beside the results."""
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _generate_parser() -> _Parser:
+    from mpfx.bench.models import PRESETS
+
+    built = _Parser(description="Let a random model generate, dense and packed; batch 1, greedy, static cache.")
+    built.add_argument(
+        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
+    )
+    built.add_argument("--bits", type=float, default=4.25, help="Stored bits per weight, widths mixed.")
+    built.add_argument("--prompt", type=int, default=32, help="Tokens that are there before.")
+    built.add_argument("--tokens", type=int, default=224, help="Tokens that are generated.")
+    _add_device(built)
+    return built
+
+
+def _generate(options: Namespace) -> int:
+    from mpfx.bench.generate import GenerateConfig, bench
+
+    output = _new_file(options.output)
+    _print_bench(bench(GenerateConfig(**_own(options)), on_model=_tell), output)
+    return 0
+
+
+def _own(options: Namespace) -> dict[str, Any]:
+    """The fields of a bench's config."""
+    return {name: value for name, value in vars(options).items() if name not in ("output", "log_level")}
+
+
+def _linear_parser() -> _Parser:
+    from mpfx.bench.linear import SHAPES
+
+    built = _Parser(description="Time packed layers against F.linear and torch's kernel for 4 bits.")
+    _add_device(built)
+    built.add_argument("--rows", type=int, nargs="+", help="Of activations. Default: 1 8 512, on a GPU also 4096.")
+    built.add_argument("--bits", type=float, nargs="+", default=[4.25], help="Stored bits per weight, widths mixed.")
+    built.add_argument("--sparsity", type=float, help="Also 4-bit codes, without and with a bitmask of this sparsity.")
+    built.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN", help="Of the weights.")
+    return built
+
+
+def _add_device(built: _Parser) -> None:
+    built.add_argument("--device", help="cpu, cuda or cuda:<number>. Default: a CUDA device if there is one.")
+    built.add_argument("--dtype", help="Of the dense weights. Default: bfloat16 on a GPU, float32 on the CPU.")
+    built.add_argument("--output", metavar="FILE", help="JSON file for all figures.")
+
+
+def _linear(options: Namespace) -> int:
+    from mpfx.bench.linear import LinearConfig, bench
+
+    output = _new_file(options.output)
+    _print_bench(bench(LinearConfig(**_own(options)), on_shape=_tell), output)
+    return 0
+
+
+def _new_file(path: str | None) -> Path | None:
+    """Refuse, before anything is measured, what cannot be written."""
+    if path is None:
+        return None
+    if Path(path).is_dir():
+        raise ValueError(f"Expected `output` to be a file but {path!r} is a folder.")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def _print_bench(found: "BenchReport", output: Path | None) -> None:
+    """Print a report as Markdown, and write it as JSON."""
+    from mpfx.report import markdown
+
+    if output is not None:
+        output.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+    print(f"{found.title()}\n\n{markdown(*found.cells())}", end="")
+    for note in found.notes:
+        print(f"\nnote: {note}")
+
+
 def _base(options: Namespace) -> dict[str, Any]:
     """The fields of the run, as a config file has them."""
-    own = ("config", "log_level", "vary", "also", "suite", "bits", "rows")
+    own = ("config", "log_level", "vary", "also", "bits", "rows")
     return {name: value for name, value in options.as_dict().items() if name not in own}
 
 
@@ -323,11 +414,13 @@ class _Command(NamedTuple):
         parser: makes its parser.
         run: takes its options.
         raw: whether it takes them as they were given, not as objects.
+        smaller: what helps if memory does not suffice.
     """
 
     parser: Callable[[], _Parser]
     run: Callable[[Namespace], int]
     raw: bool = False
+    smaller: str = "lower `calibration.batch_size` or `evaluation.batch_size`"
 
 
 _COMMANDS = {
@@ -336,8 +429,14 @@ _COMMANDS = {
     "allocate": _Command(_allocate_parser, _allocate),
     "export": _Command(_export_parser, _export),
     "sweep": _Command(_sweep_parser, _sweep, raw=True),
-    "bench": _Command(_bench_parser, _bench, raw=True),
 }
+
+_SUITES = {
+    "quality": _Command(_quality_parser, _quality, raw=True),
+    "linear": _Command(_linear_parser, _linear, smaller="choose smaller `rows` or `shapes`"),
+    "generate": _Command(_generate_parser, _generate, smaller="choose a smaller `model`"),
+}
+"""What follows ``mpfx bench``."""
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mpfx.bench import QUALITY
+from mpfx.bench import generate, linear
+from mpfx.bench.quality import QUALITY
 from mpfx.cli import parser
+from mpfx.report import markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +60,15 @@ def test_the_table_holds_rows_of_the_benchmark() -> None:
         if share and not name.startswith("GPTQ"):
             harm = gptq["GPTQ 4" if float(bits) > 4 else "GPTQ 3"] - dense
             assert float(share) == pytest.approx((float(perplexity) - dense) / harm, abs=2e-3), name
+
+
+def test_the_tables_of_speed_are_those_of_the_tool() -> None:
+    """A head, a line below it, and rows of as many cells."""
+    for head in (linear.HEAD, generate.HEAD):
+        start = README.index(markdown(head, []))
+        table = README[start:].split("\n\n")[0].splitlines()
+        assert len(table) > 2
+        assert {line.count("|") for line in table} == {len(head) + 1}
 
 
 @pytest.mark.parametrize(

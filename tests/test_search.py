@@ -12,8 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mpfx.bench import QUALITY, BenchRow, bench, chosen_rows, excess
-from mpfx.bench import plot as plot_bench
+from mpfx.bench.quality import QUALITY, BenchRow, bench, chosen_rows, excess
+from mpfx.bench.quality import plot as plot_bench
 from mpfx.cli import main
 from mpfx.config import RunConfig, parse_run
 from mpfx.lm import EvaluationData

@@ -103,6 +103,14 @@ class MpfxQuantizer(HfQuantizer):
         """Packed weights have no gradients."""
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile with a static cache: packed products are one operator of known shapes.
+
+        Experts are not: which of them run depends on the tokens.
+        """
+        return not vars(self.quantization_config).get("experts")
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         files = _weights_files(kwargs.get("checkpoint_files"))
         manifest = self.quantization_config.manifest(files[0].parent)

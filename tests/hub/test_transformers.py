@@ -15,10 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    pipeline,
+)
 
 import mpfx
 import mpfx.hub
+from mpfx.bench.models import random_model
 from mpfx.hub import MpfxConfig
 from mpfx.hub.checkpoint import CheckpointError
 from mpfx.nn import MixedPrecisionLinear
@@ -486,3 +494,64 @@ def llama_choice(model: Any, question: str, answer: str) -> float:
     words = torch.tensor([[int(word[1:]) for word in (*question.split(), answer)]])
     logits: Tensor = model(words).logits
     return float(logits[0, -2].log_softmax(-1)[words[0, -1]])
+
+
+STATIC: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def compressed_llama() -> Any:
+    """A Llama whose layers mix widths, as most plans have them."""
+    return random_model(build_llama().config, torch.device("cpu"), torch.float32, bits=4.9)
+
+
+def test_a_static_cache_generates_the_same(tmp_path: Path) -> None:
+    mpfx.save(compressed_llama(), tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.hf_quantizer.is_compileable
+    tokens = loaded.generate(ids(5), **STATIC)
+    assert torch.equal(loaded.generate(ids(5), **STATIC, cache_implementation="static"), tokens)
+    assert len(set(tokens[:, 5:].flatten().tolist())) > 3
+
+
+def test_experts_are_not_compiled(tmp_path: Path) -> None:
+    mpfx.save(PACKED["Mixtral"](), tmp_path)
+    assert not from_pretrained(tmp_path).hf_quantizer.is_compileable
+
+
+def test_packed_models_compile_as_one_graph() -> None:
+    """What ``generate`` compiles on a CUDA device: a decoding step over a static cache."""
+    model = compressed_llama()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        model(ids(5)[:1], past_key_values=cache)
+        step: Any = torch.compile(model, backend=backend, fullgraph=True)
+        found = step(ids(6)[:1, 5:], past_key_values=cache).logits
+        assert torch.allclose(found, model(ids(6)[:1]).logits[:, -1:], atol=1e-3)
+    assert len(graphs) == 1
+    assert str(graphs[0].code).count("mpfx.linear") == 3 * 7
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+def test_a_static_cache_compiles_and_generates_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` compiles by itself where the quantizer lets it."""
+    mpfx.save(compressed_llama(), tmp_path)
+    loaded = from_pretrained(tmp_path, device_map="cuda")
+    compiled: list[Any] = []
+    compile = torch.compile
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        compiled.append(arguments)
+        return compile(*arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    tokens = loaded.generate(ids(5).cuda(), **STATIC)
+    assert torch.equal(loaded.generate(ids(5).cuda(), **STATIC, cache_implementation="static"), tokens)
+    assert compiled
+    torch._dynamo.reset()
