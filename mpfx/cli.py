@@ -325,6 +325,7 @@ def _generate_parser() -> _Parser:
     built.add_argument("--bits", type=float, default=4.25, help="Stored bits per weight, widths mixed.")
     built.add_argument("--prompt", type=int, default=32, help="Tokens that are there before.")
     built.add_argument("--tokens", type=int, default=224, help="Tokens that are generated.")
+    built.add_argument("--compile", action="store_true", help="Run both models as torch.compile makes them.")
     _add_device(built)
     return built
 

@@ -1,7 +1,8 @@
 """Greedy decoding, batch 1, with transformers' static cache; on a CUDA device a step is a CUDA graph."""
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ class Decoder:
     Args:
         model: a causal language model in evaluation mode.
         length: tokens that the cache must hold.
+        compiled: whether steps run what ``torch.compile`` makes of the model.
     """
 
-    def __init__(self, model: "PreTrainedModel", length: int) -> None:
+    def __init__(self, model: "PreTrainedModel", length: int, *, compiled: bool = False) -> None:
         from transformers import StaticCache
 
         self._model = model
+        self._step_model: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cache = StaticCache(config=model.config, max_cache_len=length + _SPARE)
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -41,13 +44,13 @@ class Decoder:
             The first new token, ``(1, 1)``.
         """
         self._cache.reset()
-        return self._take(prompt).clone()
+        return self._take(self._model, prompt).clone()
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """The next token, ``(1, 1)``."""
         if self._graph is None:
-            self._take(self._token)
+            self._take(self._step_model, self._token)
         else:
             self._graph.replay()
         return self._token.clone()
@@ -56,10 +59,10 @@ class Decoder:
     def capture(self, prompt: Tensor) -> None:
         """Make a CUDA graph of a step; what has been decoded is forgotten."""
         self.prefill(prompt)  # makes the cache
-        self._graph = captured([lambda: self._take(self._token)])
+        self._graph = captured([lambda: self._take(self._step_model, self._token)])
 
-    def _take(self, tokens: Tensor) -> Tensor:
-        logits = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits
+    def _take(self, model: Callable[..., Any], tokens: Tensor) -> Tensor:
+        logits = model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits
         return self._token.copy_(logits[:, -1:].argmax(-1))
 
 

@@ -34,6 +34,7 @@ class GenerateConfig:
         device: cpu, cuda or cuda:<number>; None: a CUDA device if there is one.
         dtype: of the dense model, and of all but the packed layers; None: bfloat16 on a CUDA device, float32 on the
             CPU.
+        compile: whether both models run as ``torch.compile`` makes them: what lies between the Linear layers is fused.
 
     Raises:
         ValueError: if a field cannot be.
@@ -45,6 +46,7 @@ class GenerateConfig:
     tokens: int = 224
     device: str | None = None
     dtype: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt < 1:
@@ -157,7 +159,7 @@ def _generation(name: str, sizes: "PretrainedConfig", bits: float | None, config
     _forget_peak(device)
     model = random_model(sizes, device, dtype, bits=bits)
     prompt = torch.arange(config.prompt, device=device)[None] % sizes.get_text_config().vocab_size
-    decoder = Decoder(model, config.prompt + config.tokens)
+    decoder = Decoder(model, config.prompt + config.tokens, compiled=config.compile)
     if device.type == "cuda":
         decoder.capture(prompt)
     decode(decoder, prompt, 2)  # kernels are compiled

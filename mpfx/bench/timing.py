@@ -100,9 +100,9 @@ def _graph_round(calls: Sequence[Call]) -> Callable[[], list[float]]:
 
 
 def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """Record calls as one CUDA graph, after some of them were made as they are."""
-    for call in calls[:_WARM_UP]:
-        for _ in range(_WARM_UP):
+    """Record calls as one CUDA graph, after each was made as it is: first calls compile, and make tables."""
+    for _ in range(_WARM_UP):
+        for call in calls:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

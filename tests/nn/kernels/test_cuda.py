@@ -35,7 +35,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poison(*shape: Any, **options: Any) -> Tensor:
         made = empty(*shape, **options)
-        made.view(torch.uint8).fill_(255) if made.numel() else None
+        made.view(torch.uint8).fill_(255) if made.numel() and made.dim() else None
         return made
 
     monkeypatch.setattr(torch, "empty", poison)
@@ -126,6 +126,14 @@ def test_a_mask_that_is_loaded_anew_is_counted_anew() -> None:
     agrees(x, second.dequantize().double().cuda(), PackedWeight.of(parts, packed.layout), None, None)
 
 
+def test_a_mask_that_nobody_counted_is_refused_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = on_device(pack(random_weight(LAYOUTS[-2], 40, density=0.5, coded=True)))
+    x = torch.randn(1, 256, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="Run the layer once before"):
+        packed_linear(x, packed, None, None)
+
+
 def test_the_fastest_cut_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPFX_CACHE", str(tmp_path))
     monkeypatch.delenv("MPFX_TUNE", raising=False)
@@ -154,6 +162,7 @@ def test_what_is_not_finite_stays_so() -> None:
         assert not bool(torch.isfinite(packed_linear(x, packed, None, None)).any())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # the compiler imports it
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_graphs_and_compilers_take_it(density: float) -> None:
     layout = Layout(256, (5, 5, 4, 4, 3, 3, 3, 3), 64)

@@ -250,10 +250,10 @@ __device__ __forceinline__ uint4 staged(const char* stage, int row, int g) {
 
 // Scale of row `lane`, and scale times zero point.
 template <int BITS>
-__device__ __forceinline__ void step(const u32* tail, u16 base, const Lane& l, const Room& room) {
+__device__ __forceinline__ void step(const u32* tail, u16 base, float row_scale, const Lane& l, const Room& room) {
     if constexpr (BITS == 16) return;
     const u32 zero = zero_from<BITS>([&](int i) { return tail[i]; }, l.lane, l.field);
-    const float scale = scale_from<BITS>(base, tail[8 + l.lane / 8], l.field);
+    const float scale = scale_from<BITS>(base, tail[8 + l.lane / 8], l.field) * row_scale;
     room.steps[l.lane] = make_float2(scale, scale * (float)zero);
     if (MASKED) room.absent[l.lane] = zero * 0x01010101u;
 }
@@ -363,9 +363,9 @@ __device__ __forceinline__ void fetch(const Args& a, const Unit& u, const Lane& 
 }
 
 template <int BITS>
-__device__ __forceinline__ void process(const Args& a, const Unit& u, const char* stage, u16 base, const Lane& l,
+__device__ __forceinline__ void process(const Args& a, const Unit& u, const char* stage, u16 base, float row_scale, const Lane& l,
                                         const Room& room, const u32* pick, Results& result) {
-    step<BITS>((const u32*)(stage + a.stage_bytes - TAIL), base, l, room);
+    step<BITS>((const u32*)(stage + a.stage_bytes - TAIL), base, row_scale, l, room);
     Sums d;
 #pragma unroll
     for (int m = 0; m < 2; m++)
@@ -450,7 +450,7 @@ __device__ __forceinline__ void group_barrier() {
 
 // Add up what the warps of a group found, then the groups of the cluster: always in the same order. Each warp's results
 // take the place of its ring; `stride` bytes are between two of them.
-__device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, float row_scale, const u32* largest,
+__device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, const u32* largest,
                                        const Results& result, char* rooms, int stride) {
     auto found = [&](int w, int i) -> float& { return ((float*)(rooms + w * stride))[i]; };  // (COLUMNS, 32)
 #pragma unroll
@@ -484,7 +484,7 @@ __device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, f
                 for (int part = PARTS - 1; part >= 0; part--, weight *= 256)
                     sum += weight * of_block(&found(0, (b * PARTS + part) * 32 + l.lane), r);
             }
-            sum *= unit_of(largest[b]) * row_scale;
+            sum *= unit_of(largest[b]);
             if (a.bias) sum += to_float(__ldg((const Number*)a.bias + row));
             store(a.out, (size_t)b * a.w.rows + row, sum);
         }
@@ -493,7 +493,7 @@ __device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, f
 
 #define WIDTH(BITS) \
     case BITS: \
-        process<BITS>(a, u, stage, base, l, room, pick, result); \
+        process<BITS>(a, u, stage, base, row_scale, l, room, pick, result); \
         break;
 
 constexpr int bytes_of(int n) { return n + 127 & ~127; }
@@ -525,6 +525,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     // What is short and waited for is loaded before the memory is busy with words.
     const int4* units = a.units + (cluster_rank() * WARPS + warp) * a.most_units;
     const int4 first_unit = __ldg(units + min(l.lane, a.most_units - 1));
+    const int most = l.tile * 32 < a.w.rows ? a.most_units : 0;  // the last block may have groups without rows
     fetch_activations(a, room, 0);
     commit();
     Places order[ROUNDS];
@@ -538,7 +539,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < STAGES; i++) {
-        if (i < a.most_units) {
+        if (i < most) {
             const Unit u = unit(room.units[i]);
             if (u.bits) fetch(a, u, l, room.ring_at + i * a.stage_bytes);
         }
@@ -568,7 +569,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     Results result = {};
     int at = 0;  // of the ring
 #pragma unroll 1
-    for (int i = 0; i < a.most_units; i++) {
+    for (int i = 0; i < most; i++) {
         const Unit u = unit(room.units[i]);
         if (!u.bits) break;
         const u16 base = u.bits == 16 ? 0 : scale_base(a.w, u.grid, l.tile * 32 + l.lane);
@@ -586,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             WIDTH(8)
             WIDTH(16)
         }
-        if (i + STAGES < a.most_units) {
+        if (i + STAGES < most) {
             const Unit later = unit(room.units[i + STAGES]);
             if (later.bits) fetch(a, later, l, room.ring_at + at);
         }
@@ -594,5 +595,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         at = at == (STAGES - 1) * a.stage_bytes ? 0 : at + a.stage_bytes;
     }
     wait_for_all_but<0>();
-    finish(a, l, warp, row_scale, room.largest, result, rooms, stride);
+    finish(a, l, warp, room.largest, result, rooms, stride);
 }

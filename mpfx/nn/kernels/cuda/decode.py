@@ -129,10 +129,9 @@ def cuts(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = -(-rows // ROWS)
     groups = min(max(1, -(-tiles // processors)), 8)
-    cluster = 1
-    while cluster < 4 and tiles * cluster * 2 <= processors and torch.cuda.get_device_capability(device) >= (9, 0):
-        cluster *= 2
-    found = [Cut(cluster, groups, warps, stages) for warps, stages in _SHAPES.get(groups, ((_WARPS // groups, 2),))]
+    found = [Cut(1, groups, warps, stages) for warps, stages in _SHAPES.get(groups, ((_WARPS // groups, 2),))]
+    if 2 * tiles <= processors and torch.cuda.get_device_capability(device) >= (9, 0):
+        found[1:1] = [Cut(2, 1, 16, 2)]
     found += [Cut(1, 1, warps, stages) for warps in (8, 4) for stages in (2, 1)]  # for vectors that need much room
     return tuple(cut for cut in found if _fits(cut, rows, layout, dtype, count, mask, device))[:3]
 

@@ -1,7 +1,8 @@
 // A packed weight unpacked, transposed and in the order of the input: for many rows of activations, next to a matrix
 // product. A warp has 32 rows of a segment; lane (g, t) of it rows 4g .. 4g+3, channels 8t .. 8t+7.
 //
-// Set by whoever compiles, besides what packed.cuh needs: WARPS of a block, ORDER as in decode.cu.
+// Set by whoever compiles, besides what packed.cuh needs: WARPS of a block; ORDER as in decode.cu; FULL, whether all
+// segments are full, what is written comes in tiles of 32 rows, and the order is aligned.
 
 struct Args {
     const void* order;
@@ -25,10 +26,9 @@ __device__ __forceinline__ u32 two_numbers(float low, float high) {
 }
 
 // Four rows of a channel; `left` of them are wanted.
-__device__ __forceinline__ void write(const Args& a, int channel, int column, int left, const float (&v)[4]) {
-    if (channel >= IN || left <= 0) return;
-    Number* to = (Number*)a.out + (size_t)place_of(a, channel) * a.out_rows + column;
-    if (left >= 4 && a.out_rows % 4 == 0) {
+__device__ __forceinline__ void write(const Args& a, int place, int column, int left, const float (&v)[4]) {
+    Number* to = (Number*)a.out + (size_t)((u32)place * (u32)a.out_rows + (u32)column);
+    if (FULL) {
         if constexpr (DTYPE == 2) *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
         else *(uint2*)to = make_uint2(two_numbers(v[0], v[1]), two_numbers(v[2], v[3]));
     } else
@@ -40,8 +40,20 @@ __device__ __forceinline__ void write(const Args& a, int channel, int column, in
             }
 }
 
+// Places of eight channels among the input's; -1: there is no such channel.
+__device__ __forceinline__ void places_of(const Args& a, int channel, int (&place)[8]) {
+    if (FULL && ORDER == 2) {
+        const uint4 v = __ldg((const uint4*)((const u16*)a.order + channel));
+        const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < 8; k++) place[k] = w[k / 2] >> (16 * (k % 2)) & 0xFFFF;
+    } else
+#pragma unroll
+        for (int k = 0; k < 8; k++) place[k] = FULL || channel + k < IN ? place_of(a, channel + k) : -1;
+}
+
 struct Room {
-    float2* steps;    // 32 rows: scale, zero point
+    float2* steps;    // 32 rows: scale, zero point + 2^23
     u32* absent;      // MASKED only: the zero points as four bytes
     char* survivors;  // MASKED only
 };
@@ -76,7 +88,7 @@ __device__ __forceinline__ void load_steps(const Args& a, const int4& unit, int 
     const u32 code = CODED ? __ldg(a.w.scale_codes + (size_t)unit.z * a.w.scale_words + tile * 4 + lane / 8) : 0;
     const int row = min(tile * 32 + lane, a.w.rows - 1);
     const float row_scale = CODED ? half_to_float(__ldg(a.w.row_scales + row)) : 1.0f;
-    room.steps[lane] = make_float2(row_scale * scale_from<BITS>(scale_base(a.w, unit.z, row), code, field), (float)zero);
+    room.steps[lane] = make_float2(row_scale * scale_from<BITS>(scale_base(a.w, unit.z, row), code, field), 8388608.0f + (float)zero);
     if (MASKED) room.absent[lane] = zero * 0x01010101u;
 }
 
@@ -88,8 +100,10 @@ __device__ __forceinline__ void expand_segment(const Args& a, const int4& unit, 
     Codes c[2] = {};
     if constexpr (BITS > 0) load_codes<BITS>(a, unit, segment, tile, lane, room, pick, c);
     float2 steps[4];
+    int place[8];
 #pragma unroll
     for (int j = 0; j < 4; j++) steps[j] = room.steps[lane / 4 * 4 + j];
+    places_of(a, segment * 32 + lane % 4 * 8, place);
     const int column = tile * 32 + lane / 4 * 4 - a.first_row;
     const int left = min(a.out_rows, a.w.rows - a.first_row) - column;
 #pragma unroll
@@ -97,13 +111,13 @@ __device__ __forceinline__ void expand_segment(const Args& a, const int4& unit, 
         float v[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const u32 code = c[0].chunk[k / 4][j] >> (8 * (k % 4)) & 255;
+            const u32 low = c[0].chunk[k / 4][j], high = c[1].chunk[k / 4][j];
             if constexpr (BITS == 0) v[j] = 0;
-            else if constexpr (BITS == 16)
-                v[j] = half_to_float((u16)(code | (c[1].chunk[k / 4][j] >> (8 * (k % 4)) & 255) << 8));
-            else v[j] = (__uint_as_float(0x4B000000 | code) - (8388608.0f + steps[j].y)) * steps[j].x;
+            else if constexpr (BITS == 16) v[j] = half_to_float((u16)__byte_perm(low, high, k % 4 + (k % 4 + 4) * 16));
+            // The code in the mantissa of 2^23: so what is to be taken off is that and the zero point.
+            else v[j] = (__uint_as_float(__byte_perm(low, 0x4B000000, 0x7440 + k % 4)) - steps[j].y) * steps[j].x;
         }
-        write(a, segment * 32 + lane % 4 * 8 + k, column, left, v);
+        if (place[k] >= 0) write(a, place[k], column, left, v);
     }
 }
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mpfx.nn.kernels.cuda.nvrtc import Launch, kernel
+from mpfx.nn.kernels.cuda.tune import fastest
 from mpfx.nn.kernels.cuda.weights import (
     ROWS,
     Weight,
@@ -17,11 +18,12 @@ from mpfx.nn.kernels.cuda.weights import (
     weight_argument,
     weight_macros,
 )
-from mpfx.nn.layout import Layout
+from mpfx.nn.layout import SEGMENT, Layout
 from mpfx.nn.packing import PackedWeight
 
-CHUNK_BYTES = 16 << 20
-"""At most so much of a weight is unpacked at a time: it stays in the L2 cache until it is multiplied."""
+CHUNK_BYTES = (16 << 20, 32 << 20, 48 << 20)
+"""At most so much of a weight is unpacked at a time, whichever is the fastest: what stays in the L2 cache until it is
+multiplied, and yet gives few rows of activations enough to do."""
 
 _WARPS = 4
 
@@ -43,8 +45,23 @@ def multiply(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor
     """The product for many rows: the weight is unpacked in chunks of rows, each multiplied at once."""
     rows, channels = weight.out_features, weight.layout.in_features
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    most = max(64, CHUNK_BYTES // (channels * x.element_size()) // 64 * 64)
-    chunk = -(-rows // -(-rows // most)) + 63 & ~63  # equal chunks, whole tiles
+    chunks = tuple(dict.fromkeys(_chunk(rows, channels * x.element_size(), most) for most in CHUNK_BYTES))
+    key = f"expand {rows} x {channels}, {1 << (len(x) - 1).bit_length()} of {str(x.dtype).removeprefix('torch.')}"
+    chunk = fastest(key, chunks, lambda chunk: _multiply(x, weight, order, bias, out, chunk), x.device)
+    _multiply(x, weight, order, bias, out, chunk)
+    return out
+
+
+def _chunk(rows: int, row_bytes: int, most: int) -> int:
+    """Rows of a chunk: equal chunks, whole tiles, at most so many bytes."""
+    fitting = max(64, most // row_bytes // 64 * 64)
+    return -(-rows // -(-rows // fitting)) + 63 & ~63
+
+
+def _multiply(
+    x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None, out: Tensor, chunk: int
+) -> None:
+    rows, channels = weight.out_features, weight.layout.in_features
     room = torch.empty(channels * min(chunk, rows), dtype=x.dtype, device=x.device)
     for first in range(0, rows, chunk):
         count = min(chunk, rows - first)
@@ -54,7 +71,6 @@ def multiply(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor
             torch.mm(x, part, out=out[:, first : first + count])
         else:
             torch.addmm(bias[first : first + count].to(x.dtype), x, part, out=out[:, first : first + count])
-    return out
 
 
 def expand(x: Tensor, weight: PackedWeight, order: Tensor | None, first: int, out: Tensor) -> None:
@@ -70,7 +86,8 @@ def expand(x: Tensor, weight: PackedWeight, order: Tensor | None, first: int, ou
     layout, streams = weight.layout, None if weight.mask is None else masked(weight).streams
     units = _units(layout, weight.out_features, streams, x.device)
     arguments = Arguments(address(order), weight_argument(weight), address(units), address(out), first, out.shape[1])
-    macros = (*weight_macros(x, weight), ("ORDER", order_bytes(order)), ("WARPS", _WARPS))
+    full = layout.in_features % SEGMENT == 0 and out.shape[1] % ROWS == 0 and address(order) % 16 == 0
+    macros = (*weight_macros(x, weight), ("ORDER", order_bytes(order)), ("WARPS", _WARPS), ("FULL", int(full)))
     launch = Launch((-(-out.shape[1] // (ROWS * _WARPS)), len(layout.widths)), 32 * _WARPS, 0)
     kernel("expand.cu", "expand", macros, x.device.index)(launch, arguments)
 

@@ -52,7 +52,7 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self._function = function
-        self._shared = 48 << 10  # what every kernel may use
+        self._shared = 40 << 10  # what every kernel may use, besides what it declares itself
 
     def __call__(self, launch: Launch, arguments: ctypes.Structure) -> None:
         """Run on the current stream."""

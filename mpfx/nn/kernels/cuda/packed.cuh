@@ -188,7 +188,7 @@ __device__ __forceinline__ void masked_codes(const char* survivors, u32 mask, u3
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const u32 flags = m >> (2 * t + i) & 0x01010101;
-            const u32 selector = pick[(flags * 0x08040201u) >> 24 & 15];
+            const u32 selector = pick[(flags * 0x01020408u) >> 24 & 15];
             c[0].chunk[i][j] = __byte_perm(four_from(survivors, at), BITS == 16 ? 0 : absent[j], selector);
             if constexpr (BITS == 16)
                 c[1].chunk[i][j] = __byte_perm(four_from(survivors + SURVIVOR_BYTES, at), 0, selector);

@@ -95,17 +95,22 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as it li
 
 
 def masked(weight: PackedWeight) -> Masked:
-    """Where the surviving codes are; counted once a mask."""
+    """Where the surviving codes are; counted once a mask.
+
+    Raises:
+        RuntimeError: if they would have to be counted while a CUDA graph is captured.
+    """
     mask = weight.mask
     assert mask is not None
     version = -1 if mask.is_inference() else mask._version  # changes when a checkpoint is loaded into the mask
     known = _known.get(mask)
     if known is None or known[0] != version:
-        known = (version, _count(mask, weight.layout))
-        if not (
-            mask.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):  # what a graph computes is only there when it runs
-            _known[mask] = known
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "The survivors of a bitmask cannot be counted while a CUDA graph is captured. Run the layer once before"
+                " the capture, as CUDA graphs ask for anyway."
+            )
+        known = _known[mask] = (version, _count(mask, weight.layout))
     found: Masked = known[1]
     return found
 
