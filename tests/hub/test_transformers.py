@@ -541,6 +541,7 @@ def test_packed_models_compile_as_one_graph() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # the compiler imports it
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_static_cache_compiles_and_generates_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`generate` compiles by itself where the quantizer lets it."""
     mpfx.save(compressed_llama(), tmp_path)

@@ -53,4 +53,4 @@ def cuda_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bia
             return multiply(x, weight, order, bias)
         if len(x) <= most:
             return decode(x, weight, order, bias)
-        return torch.cat([decode(part, weight, order, bias) for part in x.split(most)])
+        return torch.cat([decode(part, weight, order, bias) for part in x.chunk(-(-len(x) // most))])

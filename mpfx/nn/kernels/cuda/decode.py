@@ -98,14 +98,12 @@ def _launch(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor 
     arguments = Arguments(
         address(x), address(order), weight_argument(weight), address(units), address(bias), address(out), most, stage
     )
+    at_once, shared = _room(cut, layout, x.dtype, len(x), streams is not None, x.device)
     aligned = layout.in_features % SEGMENT == 0 and x.data_ptr() % 16 == 0 and address(order) % 16 == 0
     macros = (
         *weight_macros(x, weight), ("ORDER", order_bytes(order)), ("EVEN", int(aligned)), ("SEGMENTS", _UNIT_SEGMENTS),
-        ("GROUPS", cut.groups), ("WARPS", cut.warps), ("STAGES", stages), ("COUNT", len(x)), ("AT_ONCE", len(x)),
+        ("GROUPS", cut.groups), ("WARPS", cut.warps), ("STAGES", stages), ("COUNT", len(x)), ("AT_ONCE", at_once),
     )  # fmt: skip
-    shared = _shared_bytes(
-        layout, x.dtype, len(x), cut.groups * cut.warps, stages * stage + 16 * most, streams is not None
-    )
     launch = Launch((cut.cluster, -(-rows // (ROWS * cut.groups))), 32 * cut.groups * cut.warps, shared, cut.cluster)
     kernel("decode.cu", "decode", macros, x.device.index)(launch, arguments)
 
@@ -133,7 +131,7 @@ def cuts(
     if 2 * tiles <= processors and torch.cuda.get_device_capability(device) >= (9, 0):
         found[1:1] = [Cut(2, 1, 16, 2)]
     found += [Cut(1, 1, warps, stages) for warps in (8, 4) for stages in (2, 1)]  # for vectors that need much room
-    return tuple(cut for cut in found if _fits(cut, rows, layout, dtype, count, mask, device))[:3]
+    return tuple(cut for cut in found if _room(cut, layout, dtype, count, mask, device)[0])[:3]
 
 
 _SHAPES = {1: ((16, 2), (24, 2), (20, 2)), 2: ((12, 2), (10, 2), (12, 3)), 3: ((8, 2), (7, 2), (8, 3)),
@@ -143,30 +141,29 @@ _SHAPES = {1: ((16, 2), (24, 2), (20, 2)), 2: ((12, 2), (10, 2), (12, 3)), 3: ((
 _UNIT_SEGMENTS = 2
 
 
-def _fits(
-    cut: Cut, rows: int, layout: Layout, dtype: torch.dtype, count: int, mask: bool, device: torch.device
-) -> bool:  # fmt: skip
-    most = -(-len(layout.widths) // (cut.cluster * cut.warps))
+@lru_cache(maxsize=4096)
+def _room(
+    cut: Cut, layout: Layout, dtype: torch.dtype, count: int, mask: bool, device: torch.device
+) -> tuple[int, int]:  # fmt: skip
+    """How many vectors are put in order at once, 0: not even one fits; and the shared memory of a block in bytes."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    limit = int(properties.shared_memory_per_block_optin) - 1024  # what the kernel declares itself
+    columns, segments = count * (4 if dtype == torch.float32 else 3), len(layout.widths) + 1
+    _, most = unit_table(layout, ROWS, cut.cluster * cut.warps, True, True, None, torch.device("cpu"))
     ring = min(cut.stages, most) * _stage_bytes(layout, mask) + 16 * most
-    return _shared_bytes(layout, dtype, count, cut.groups * cut.warps, ring, mask) <= _most_shared(device)
+    own = max(ring + 256 + _MASKED_ROOM * mask, 128 * columns)  # of a warp
+    shared = 128 + segments * columns * SEGMENT + _even(4 * segments * columns) + cut.groups * cut.warps * own
+    for at_once in range(count, 0, -1):
+        whole = shared + _even(at_once * layout.in_features * dtype.itemsize)
+        if whole <= limit:
+            return at_once, whole
+    return 0, 0
 
 
 @lru_cache(maxsize=4096)
 def _room_for(layout: Layout, dtype: torch.dtype, mask: bool, device: torch.device) -> int:
     smallest = Cut(1, 1, 4, 1)
-    return max((n for n in range(1, 9) if _fits(smallest, ROWS, layout, dtype, n, mask, device)), default=0)
-
-
-def _most_shared(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin) - 1024  # what the kernel declares itself
-
-
-def _shared_bytes(layout: Layout, dtype: torch.dtype, count: int, warps: int, ring: int, mask: bool) -> int:
-    columns, segments = count * (4 if dtype == torch.float32 else 3), len(layout.widths) + 1
-    given = count * layout.in_features * dtype.itemsize
-    own = max(ring + 256 + _MASKED_ROOM * mask, 128 * columns)
-    return 128 + _even(given) + segments * columns * SEGMENT + _even(4 * segments * columns) + warps * own
+    return max((n for n in range(1, 9) if _room(smallest, layout, dtype, n, mask, device)[0]), default=0)
 
 
 def _even(count: int) -> int:
