@@ -85,7 +85,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int
         "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("mpfx", "triton", "numba", "transformers")},
+        **{name: _version(name) for name in ("mpfx", "numba", "transformers")},
     }
 
 

@@ -26,5 +26,5 @@ class BenchReport(Protocol):
 
 def place(environment: dict[str, str | int]) -> str:
     """Device, dtype and versions of an environment, as text."""
-    versions = [f"{n} {environment[n]}" for n in ("torch", "triton", "numba") if environment[n] != "none"]
+    versions = [f"{n} {environment[n]}" for n in ("torch", "numba") if environment[n] != "none"]
     return f"{environment['device']}, {environment['dtype']}, {', '.join(versions)}"
