@@ -121,11 +121,10 @@ def test_the_table() -> None:
         "device": "H",
         "dtype": "bfloat16",
         "torch": "2",
-        "triton": "3",
         "numba": "none",
     }
     report = GenerateReport("llama-2-7b", runs, environment)
-    assert report.title() == "llama-2-7b, random weights, 2 tokens, batch 1; H, bfloat16, torch 2, triton 3."
+    assert report.title() == "llama-2-7b, random weights, 2 tokens, batch 1; H, bfloat16, torch 2."
     assert report.cells() == (
         ["model", "stored bits", "weights GB", "tokens/s", "times as fast", "peak GB", "peak GB reserved"],
         [
