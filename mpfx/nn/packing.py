@@ -324,16 +324,15 @@ def count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
 
 
 def _segment_counts(mask: Tensor, layout: Layout) -> list[int]:
-    """Bits that are set, by segment: in the mask's own size, as unpacking it would take 32 times as much."""
-    inside = torch.full((len(mask), 1), -1, dtype=torch.int32, device=mask.device)
+    """Bits that are set, by segment.
+
+    In Python's integers, one segment at a time: unpacking would take 32 times as much memory, and blocks as large as a
+    mask would leave holes in the heap, so that checking a whole model took the memory of all masks once more.
+    """
+    segments = list(mask.cpu().numpy())
     if rest := layout.in_features % SEGMENT:
-        inside[-1] = pack_codes(torch.ones(rest, dtype=torch.int32, device=mask.device), 1)
-    bits = mask & inside
-    bits = bits - ((bits >> 1) & 0x55555555)
-    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    counts: list[int] = ((bits * 0x01010101 >> 24) & 0xFF).sum(1).tolist()
-    return counts
+        segments[-1] = segments[-1] & int(pack_codes(torch.ones(rest, dtype=torch.int32), 1))
+    return [int.from_bytes(segment.tobytes(), "little").bit_count() for segment in segments]
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
