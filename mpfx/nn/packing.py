@@ -300,9 +300,11 @@ def _validate_scales(packed: PackedWeight, layout: Layout) -> tuple[int, int]:
 
 
 def _validate_values(name: str, scales: Tensor) -> None:
-    if scales.is_meta:
-        return  # has no values yet
-    if wrong := int((~(scales.isfinite() & (scales >= 0))).sum()):
+    if scales.is_meta or not scales.numel():
+        return  # has no values, or none yet
+    least, most = scales.aminmax()  # NaN where there is one; no temporary as large as the scales
+    if not (least >= 0 and most < torch.inf):
+        wrong = int((~(scales.isfinite() & (scales >= 0))).sum())
         raise ValueError(
             f"Expected `{name}` to be finite and not negative but {wrong} of {scales.numel()} are negative, "
             "infinite or NaN."
