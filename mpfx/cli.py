@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints."""
 
+import ctypes
 import json
 import logging
 import sys
@@ -150,6 +151,7 @@ def _evaluate_parser() -> _Parser:
 def _evaluate(options: Namespace) -> int:
     from mpfx.run import evaluate
 
+    _give_back_large_blocks()
     result: dict[str, Any] = evaluate(
         options.model,
         options.evaluation,
@@ -162,6 +164,18 @@ def _evaluate(options: Namespace) -> int:
     else:
         Console().print(f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens")
     return 0
+
+
+def _give_back_large_blocks() -> None:
+    """Have freed memory of 1 MiB and more given back at once, where the C library is glibc.
+
+    Otherwise it keeps freed blocks of up to 32 MiB, but cannot use a block again for torch, which asks for aligned
+    memory, where a small one was made behind it: the activations of one layer after the other would stay.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _allocate_parser() -> _Parser:

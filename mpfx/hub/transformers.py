@@ -121,7 +121,7 @@ class MpfxQuantizer(HfQuantizer):
             paths = check_model(model, manifest, weights.header)
             packed = packed_modules(manifest, weights.header, _outline(weights))
             buffers = [name for name in weights.header if name.startswith(BUFFER)]
-            self._buffers = {name.removeprefix(BUFFER): weights.read(name) for name in buffers}
+            self._buffers = {name.removeprefix(BUFFER): weights.read(name).clone() for name in buffers}
             header = weights.header
         self._take_apart(packed)
         for path, module in replacements(model, paths, packed, manifest).items():
@@ -192,7 +192,9 @@ def _outline(weights: Weights) -> Any:
     """Read what packed modules cannot be built without; all else on the meta device."""
 
     def read(name: str) -> Tensor:
-        if name.startswith(PERMUTATION) or name.endswith((".widths", ".mask")):
+        if name.startswith(PERMUTATION):
+            return weights.read(name).clone()  # kept: a view would keep the whole file, which transformers maps again
+        if name.endswith((".widths", ".mask")):
             return weights.read(name)
         info = weights.header[name]
         return torch.empty(info.shape, dtype=info.dtype, device="meta")

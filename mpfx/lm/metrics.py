@@ -12,8 +12,8 @@ from torchmetrics.text.perplexity import Perplexity as _Perplexity
 IGNORE = -100
 """Target that is not scored: the convention of PyTorch and transformers."""
 
-_CHUNK_ELEMENTS = 2**25
-"""Logits that are normalised at a time: 128 MiB as float32."""
+_CHUNK_ELEMENTS = 2**22
+"""Logits that are normalised at a time: 16 MiB as float32."""
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
     The softmax is never formed: a log-softmax of (at least) float32 logits keeps tokens whose probability
     underflows. Chunks of rows are normalised one after another, so that the extra memory is a constant
-    128 MiB (or one position, if that is larger) and never a copy of all logits.
+    16 MiB (or one position, if that is larger) and never a copy of all logits.
 
     Args:
         logits: ``(batch, tokens, vocabulary)``, unnormalised, of any floating dtype.

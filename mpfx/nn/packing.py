@@ -300,9 +300,11 @@ def _validate_scales(packed: PackedWeight, layout: Layout) -> tuple[int, int]:
 
 
 def _validate_values(name: str, scales: Tensor) -> None:
-    if scales.is_meta:
-        return  # has no values yet
-    if wrong := int((~(scales.isfinite() & (scales >= 0))).sum()):
+    if scales.is_meta or not scales.numel():
+        return  # has no values, or none yet
+    least, most = scales.aminmax()  # NaN where there is one; no temporary as large as the scales
+    if not (least >= 0 and most < torch.inf):
+        wrong = int((~(scales.isfinite() & (scales >= 0))).sum())
         raise ValueError(
             f"Expected `{name}` to be finite and not negative but {wrong} of {scales.numel()} are negative, "
             "infinite or NaN."
@@ -324,13 +326,19 @@ def count_kept(mask: Tensor, rows: int, layout: Layout) -> tuple[int, ...]:
 
 
 def _segment_counts(mask: Tensor, layout: Layout) -> list[int]:
-    """Bits that are set, by segment."""
-    counts: list[int] = survivors(mask, layout).sum(1).tolist()
-    return counts
+    """Bits that are set, by segment.
+
+    In Python's integers, one segment at a time: unpacking would take 32 times as much memory, and blocks as large as a
+    mask would leave holes in the heap, so that checking a whole model took the memory of all masks once more.
+    """
+    segments = list(mask.cpu().numpy())
+    if rest := layout.in_features % SEGMENT:
+        segments[-1] = segments[-1] & int(pack_codes(torch.ones(rest, dtype=torch.int32), 1))
+    return [int.from_bytes(segment.tobytes(), "little").bit_count() for segment in segments]
 
 
 def survivors(mask: Tensor, layout: Layout) -> Tensor:
-    """Count the bits of a mask, in the mask's own size, as unpacking it would take 32 times as much.
+    """Count the bits of a mask by segment and row, on its own device.
 
     Args:
         mask: int32 ``(segments, rows)``.
