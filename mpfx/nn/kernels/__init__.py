@@ -11,6 +11,7 @@
 All but the last take float32, float16 and bfloat16. An operator, because compilers and CUDA graphs take one as it is.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -61,21 +62,27 @@ def _plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-@torch.no_grad()
 def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
-    device, rows = x.device.type, x.numel() // max(x.shape[-1], 1)
-    known = x.dtype in _KERNEL_DTYPES and rows > 0
-    if known and device == "cuda" and weight.mask is None and _has_triton():
-        from mpfx.nn.kernels.cuda import cuda_linear
+    if x.is_cpu and x.dtype in _KERNEL_DTYPES and x.numel() > 0:
+        return _cpu()(x, weight, permutation, bias)
+    return _run_elsewhere(x, weight, permutation, bias)
 
-        out = cuda_linear(x.reshape(rows, -1), weight, permutation, bias)
-    elif known and device == "cpu":
-        from mpfx.nn.kernels.cpu import cpu_linear
 
-        out = cpu_linear(x.reshape(rows, -1), weight, permutation)
-        out = out if bias is None else out.add_(bias.to(out.dtype))
-    else:
+@cache
+def _cpu() -> Callable[..., Tensor]:
+    from mpfx.nn.kernels.cpu import cpu_linear
+
+    return cpu_linear
+
+
+@torch.no_grad()
+def _run_elsewhere(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    known = x.dtype in _KERNEL_DTYPES and x.numel() > 0
+    if not (known and x.is_cuda and weight.mask is None and _has_triton()):
         return reference(x, weight, permutation, bias)
+    from mpfx.nn.kernels.cuda import cuda_linear
+
+    out = cuda_linear(x.reshape(-1, x.shape[-1]), weight, permutation, bias)
     # No view: what an operator hands out may be written to.
     shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.out_features])
     return shaped
