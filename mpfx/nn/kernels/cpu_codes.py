@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from mpfx.nn.kernels.cpu_lanes import (
     LANES,
     MOVES,
-    SUMS,
+    STRIDE,
+    TILE,
     bytes_1,
     bytes_2,
     bytes_3,
@@ -21,22 +22,15 @@ from mpfx.nn.kernels.cpu_lanes import (
     bytes_16,
     moved,
     pointer,
+    scales,
     shifted,
     spread,
 )
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, SCALE_BITS
-from mpfx.nn.scales import FACTORS
 
 BLOCK = 64
 """Rows that a weight with a mask counts its surviving codes by, a multiple of 32 and of lanes."""
 
-TILE = 512
-"""Most rows that are computed at once, a multiple of a block."""
-
-STRIDE = TILE + 16
-"""From word to word of what :func:`expand` makes: no power of two, or all words of a row would share a cache set."""
-
-_ROOT_0, _ROOT_1, _ROOT_2, _ROOT_3 = (np.float32(factor) for factor in FACTORS[:4])
 _STEPS = np.array([0.0] + [1 / ((1 << bits) - 1) for bits in range(1, 9)], np.float32)
 
 jit = njit(cache=True, nogil=True)
@@ -96,29 +90,36 @@ def stored(address: Any) -> Any:
 class Tile(NamedTuple):
     """Scratch for some of the rows, whole groups of lanes: of one grid, and the surviving codes of one segment.
 
-    ``grid`` are int32 zero points and then float32 scales, ``words`` surviving codes or those of the last lanes, where
-    these are more than there are rows; ``kept`` is the mask of one segment, zero for rows that are not there.
+    ``zeros`` are bytes, ``fills`` these four times, ``words`` surviving codes or those of the last lanes, where these are
+    more than there are rows; ``kept`` is the mask of one segment, zero for rows that are not there.
     """
 
     bytes: NDArray[np.int32]
+    rows: NDArray[np.float32]
     bases: NDArray[np.float32]
-    grid: NDArray[np.int32]
+    zeros: NDArray[np.int32]
+    scales: NDArray[np.float32]
     words: NDArray[np.int32]
     kept: NDArray[np.int32]
+    fills: NDArray[np.int32]
 
 
 @jit
 def new_tile(weight: Any, first: Any, count: Any) -> Any:
     """Scratch for rows ``first .. first + count - 1``."""
-    bases = np.zeros(TILE, np.float32)
+    padded, masked = -(-count // LANES) * LANES, len(weight.mask) > 0
+    rows = np.zeros(padded, np.float32)
     for r in range(min(count, len(weight.row_scales))):
-        bases[r] = half(np.int32(weight.row_scales[first + r]))
+        rows[r] = half(np.int32(weight.row_scales[first + r]))
     return Tile(
         np.zeros(8 * (2 * BLOCK + 2), np.int32),
-        bases,
-        np.zeros(2 * SUMS, np.int32),
-        np.zeros(16 * (STRIDE if len(weight.mask) else LANES), np.int32),
-        np.zeros(TILE if len(weight.mask) else 0, np.int32),
+        rows,
+        np.zeros(2, np.float32),
+        np.zeros(TILE // 4, np.int32),
+        np.zeros(padded, np.float32),
+        np.zeros(16 * (STRIDE if masked else LANES), np.int32),
+        np.zeros(padded if masked else 0, np.int32),
+        np.zeros(padded if masked else 0, np.int32),
     )
 
 
@@ -159,46 +160,27 @@ def unpack(words: Any, at: Any, bits: Any, blocks: Any, out: Any) -> None:
         bytes_16(source, target, blocks)
 
 
-@inline
-def _factor(code: Any) -> Any:
-    """What the code of a scale stands for, computed: reads from a table would not be done for several rows at once."""
-    low = _ROOT_1 if code & 1 else _ROOT_0
-    high = _ROOT_3 if code & 1 else _ROOT_2
-    return (high if code & 2 else low) * np.int32((127 - (code >> 2)) << 23).view(np.float32)
-
-
-@jit
-def _widen(codes: Any, out: Any) -> None:
-    for r in range(len(out)):
-        out[r] = codes[r]
-
-
-@jit
-def _scale(codes: Any, bases: Any, base: Any, step: Any, scales: Any) -> None:
-    for r in range(len(scales)):  # the products of `scale_values`, in their order
-        scales[r] = bases[r] * base * _factor(np.int32(codes[r])) * step
-
-
 @jit
 def load_grid(weight: Any, tile: Any, segment: Any, first: Any, count: Any) -> None:
     """Scales and zero points of the grid that a segment belongs to, for ``count`` rows from ``first`` on."""
     bits, grid = np.int64(weight.table[segment, 0]), np.int64(weight.table[segment, 2])
-    blocks = -(-count // 32)
-    codes = tile.bytes.view(np.uint8)
-    zeros, scales = tile.grid[:count], tile.grid[SUMS : SUMS + count].view(np.float32)
+    blocks, zeros = -(-count // 32), tile.zeros.view(np.uint8)
     if len(weight.zeros):
-        unpack(weight.zeros, np.int64(weight.table[segment, 3]) + first // 32 * bits, bits, blocks, tile.bytes)
-        _widen(codes, zeros)
+        unpack(weight.zeros, np.int64(weight.table[segment, 3]) + first // 32 * bits, bits, blocks, tile.zeros)
     else:
         zeros[:] = 1 << (bits - 1)
+    for r in range(len(tile.fills)):
+        tile.fills[r] = zeros[r] * 0x01010101
     if len(weight.row_scales):
         at = (grid * -(-weight.rows // 32) + first // 32) * SCALE_BITS
         unpack(weight.scale_codes, at, np.int64(SCALE_BITS), blocks, tile.bytes)
-        _scale(codes, tile.bases, half(np.int32(weight.group_scales[grid])), _STEPS[bits], scales)
+        tile.bases[0], tile.bases[1] = half(np.int32(weight.group_scales[grid])), _STEPS[bits]
+        places = tile.bytes.ctypes.data, tile.rows.ctypes.data, tile.bases.ctypes.data, tile.scales.ctypes.data
+        scales(*places, len(tile.scales) // LANES)
     else:
         grids = len(weight.scales) // weight.rows
         for r in range(count):
-            scales[r] = half(np.int32(weight.scales[(first + r) * grids + grid]))
+            tile.scales[r] = half(np.int32(weight.scales[(first + r) * grids + grid]))
 
 
 @jit
@@ -215,13 +197,15 @@ def codes_of(weight: Any, tile: Any, segment: Any, first: Any, count: Any) -> An
 
 
 @jit
-def last_lanes(words: Any, stride: Any, bits: Any, start: Any, count: Any, out: Any) -> Any:
-    """Copy the words of rows ``start .. count - 1``, fewer than lanes, to where all lanes can be read."""
+def last_lanes(weight: Any, tile: Any, words: Any, stride: Any, bits: Any, start: Any, count: Any) -> Any:
+    """Where all lanes of rows from ``start`` on can be read, of which fewer are there; and the bytes between words."""
+    if len(weight.mask):
+        return words + 4 * start, stride
     for word in range(bits):
         source = array(words + word * stride + 4 * start, count - start, np.int32)
         for r in range(count - start):
-            out[word * LANES + r] = source[r]
-    return out.ctypes.data
+            tile.words[word * LANES + r] = source[r]
+    return tile.words.ctypes.data, 4 * LANES
 
 
 @jit
@@ -231,7 +215,7 @@ def _expand(weight: Any, tile: Any, segment: Any, first: Any, count: Any) -> Non
     tile.kept[count:] = 0
     tile.kept[:count] = weight.mask[segment * weight.rows + first : segment * weight.rows + first + count]
     if raw:
-        tile.grid[:SUMS] = 0
+        tile.fills[:] = 0
     for start in range(0, count, BLOCK):
         index, end = starts[(first + start) // BLOCK], starts[(first + start) // BLOCK + 1]
         at, blocks = weight.streams[segment] + index // 32 * bits, (end + 31) // 32 - index // 32
@@ -246,7 +230,7 @@ def _move(tile: Any, start: Any, stop: Any, position: Any, word: Any) -> None:
     if MOVES:
         for r in range(start, stop, LANES):
             out = tile.words.ctypes.data + 4 * (word * STRIDE + r)
-            codes = moved(codes, tile.kept.ctypes.data + 4 * r, tile.grid.ctypes.data + 4 * r, out, 4 * STRIDE)
+            codes = moved(codes, tile.kept.ctypes.data + 4 * r, tile.fills.ctypes.data + 4 * r, out, 4 * STRIDE)
     else:
         _spread_rows(tile, start, stop, codes, word)
 
@@ -254,7 +238,7 @@ def _move(tile: Any, start: Any, stop: Any, position: Any, word: Any) -> None:
 @jit
 def _spread_rows(tile: Any, start: Any, stop: Any, codes: Any, word: Any) -> None:
     for r in range(start, stop):
-        bits, fill = np.uint64(np.uint32(tile.kept[r])), np.uint64(tile.grid[r])
+        bits, fill = np.uint64(np.uint32(tile.kept[r])), np.uint64(tile.fills[r] & 0xFF)
         for pair in range(4):
             low = (bits >> np.uint64(2 * pair)) & np.uint64(0x01010101)
             high = (bits >> np.uint64(2 * pair + 1)) & np.uint64(0x01010101)

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from mpfx.nn.kernels.cpu_codes import (
-    STRIDE,
-    TILE,
     array,
     codes_of,
     inline,
@@ -31,7 +29,9 @@ from mpfx.nn.kernels.cpu_lanes import (
     LANES,
     PAIRS,
     RECORD,
-    SUMS,
+    STRIDE,
+    TILE,
+    finish,
     product_1,
     product_2,
     product_3,
@@ -175,40 +175,35 @@ def _multiply_tile(weight: Any, values: Any, records: Any, first: Any, stop: Any
     """Add what rows ``first .. stop-1`` of a weight, from a block of rows on, make to ``y[:, first : stop]``."""
     count, table = stop - first, weight.table
     tile = new_tile(weight, first, count)
-    sums = np.zeros((records.shape[1], SUMS), np.float32)  # of a grid, before its scale
+    sums = np.zeros((2, records.shape[1], STRIDE), np.float32)  # of a grid, before its scale, and of all
     for segment in range(len(table)):
         if is_left_out(table, segment):
             continue
         if table[segment, 0] == RAW_BITS:
             words, stride, _ = codes_of(weight, tile, segment, first, count)
-            _add_raw(array(words, 15 * (stride // 4) + count, np.int32), stride // 4, values, segment, y[:, first:stop])
+            _add_raw(array(words, 15 * (stride // 4) + count, np.int32), stride // 4, values, segment, count, sums[1])
             continue
         if new_grid(table, segment):
             load_grid(weight, tile, segment, first, count)
         words, stride, bits = codes_of(weight, tile, segment, first, count)
-        zeros, totals, full = tile.grid.ctypes.data, sums.ctypes.data, count // LANES
+        zeros, totals, full = tile.zeros.ctypes.data, sums.ctypes.data, count // LANES
         x = records[segment].ctypes.data
         _products(words, stride, bits, x, zeros, totals, full, records.shape[1])
         if count % LANES:
-            done = 4 * LANES * full
-            words = last_lanes(words, stride, bits, LANES * full, count, tile.words) if len(weight.mask) == 0 else words + done
-            stride = stride if len(weight.mask) else 4 * LANES
-            _products(words, stride, bits, x, zeros + done, totals + done, 1, records.shape[1])
+            row = LANES * full
+            words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
+            _products(words, stride, bits, x, zeros + row, totals + 4 * row, 1, records.shape[1])
         if segment + 1 == len(table) or new_grid(table, segment + 1):
-            _add_grid(sums, tile.grid[SUMS : SUMS + count].view(np.float32), first, y)
-
-
-@jit
-def _add_grid(sums: Any, scales: Any, first: Any, y: Any) -> None:
+            for n in range(len(y)):
+                finish(sums[0, n].ctypes.data, tile.scales.ctypes.data, sums[1, n].ctypes.data, -(-count // LANES))
     for n in range(len(y)):
-        _add_row(sums[n], scales, y[n, first : first + len(scales)])
-    sums[:] = 0.0
+        _add(sums[1, n], y[n, first:stop])
 
 
 @jit
-def _add_row(sums: Any, scales: Any, y: Any) -> None:
-    for r in range(len(scales)):
-        y[r] += sums[r] * scales[r]
+def _add(sums: Any, y: Any) -> None:
+    for r in range(len(y)):
+        y[r] += sums[r]
 
 
 @jit
@@ -218,7 +213,7 @@ def _products(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any,
         _product(words, stride, bits, x, zeros, sums, groups)
         return
     for n in range(0, count, COUNT):
-        _products_together(words, stride, bits, x + 4 * RECORD * n, zeros, sums + 4 * SUMS * n, groups)
+        _products_together(words, stride, bits, x + 4 * RECORD * n, zeros, sums + 4 * STRIDE * n, groups)
 
 
 @jit
@@ -262,10 +257,10 @@ def _products_together(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, s
 
 
 @jit
-def _add_raw(words: Any, stride: Any, x: Any, segment: Any, y: Any) -> None:
-    for n in range(len(y)):
+def _add_raw(words: Any, stride: Any, x: Any, segment: Any, count: Any, y: Any) -> None:
+    for n in range(len(x)):
         for channel in range(32):
-            for r in range(y.shape[1]):
+            for r in range(count):
                 y[n, r] += raw_value(words, stride, channel, r) * x[n, 32 * segment + channel]
 
 
@@ -301,13 +296,12 @@ def _dequantize_tile(weight: Any, first: Any, stop: Any, out: Any, width: Any) -
         if new_grid(table, segment):
             load_grid(weight, tile, segment, first, count)
         words, stride, bits = codes_of(weight, tile, segment, first, count)
-        grid, full = tile.grid.ctypes.data, count // LANES
-        _values(words, stride, bits, grid, part, 4 * width, full)
+        zeros, scales, full = tile.zeros.ctypes.data, tile.scales.ctypes.data, count // LANES
+        _values(words, stride, bits, zeros, scales, part, 4 * width, full)
         if count % LANES:
-            done = 4 * LANES * full
-            words = last_lanes(words, stride, bits, LANES * full, count, tile.words) if len(weight.mask) == 0 else words + done
-            stride = stride if len(weight.mask) else 4 * LANES
-            _values(words, stride, bits, grid + done, part + done, 4 * width, 1)
+            row = LANES * full
+            words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
+            _values(words, stride, bits, zeros + row, scales + 4 * row, part + 4 * row, 4 * width, 1)
 
 
 @jit
@@ -324,20 +318,20 @@ def _raw_or_zero(weight: Any, tile: Any, segment: Any, first: Any, count: Any, o
 
 
 @jit
-def _values(words: Any, stride: Any, bits: Any, grid: Any, out: Any, step: Any, groups: Any) -> None:
+def _values(words: Any, stride: Any, bits: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any) -> None:
     if bits == 4:
-        values_4(words, stride, grid, out, step, groups)
+        values_4(words, stride, zeros, scales, out, step, groups)
     elif bits == 3:
-        values_3(words, stride, grid, out, step, groups)
+        values_3(words, stride, zeros, scales, out, step, groups)
     elif bits == 5:
-        values_5(words, stride, grid, out, step, groups)
+        values_5(words, stride, zeros, scales, out, step, groups)
     elif bits == 2:
-        values_2(words, stride, grid, out, step, groups)
+        values_2(words, stride, zeros, scales, out, step, groups)
     elif bits == 6:
-        values_6(words, stride, grid, out, step, groups)
+        values_6(words, stride, zeros, scales, out, step, groups)
     elif bits == 8:
-        values_8(words, stride, grid, out, step, groups)
+        values_8(words, stride, zeros, scales, out, step, groups)
     elif bits == 7:
-        values_7(words, stride, grid, out, step, groups)
+        values_7(words, stride, zeros, scales, out, step, groups)
     else:
-        values_1(words, stride, grid, out, step, groups)
+        values_1(words, stride, zeros, scales, out, step, groups)

@@ -4,10 +4,12 @@ Written in LLVM's own terms, for lanes that are rows of a weight; memory is give
 instructions of its own for is chosen by the features that numba compiles for, which its cache on disk is kept by.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -16,6 +18,7 @@ from numba.extending import intrinsic
 
 from mpfx.nn.layout import RAW_BITS
 from mpfx.nn.planes import PLANES
+from mpfx.nn.scales import FACTORS
 
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 
@@ -33,6 +36,15 @@ PAIRS = 16
 
 RECORD = PAIRS + 2
 """Words of one segment of one row of activations: these, what an integer is worth, and the integers' sum."""
+
+TILE = 1024
+"""Most rows of a weight that are computed at once."""
+
+STRIDE = TILE + 16
+"""From word to word, or sum to sum, of all of them: no power of two, or those of a row would share a cache set."""
+
+COUNT = 4
+"""Rows of activations that are multiplied together, if there is more than one."""
 
 _INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
@@ -80,6 +92,13 @@ def _shift(builder: Any, word: Any, right: int) -> Any:
     if right == 0:
         return word
     return builder.lshr(word, _splat(right)) if right > 0 else builder.shl(word, _splat(-right))
+
+
+def _of_bytes(builder: Any, address: Any, start: Any) -> Any:
+    """Bytes for the lanes that start at a byte of words, as integers."""
+    place = builder.add(address, builder.lshr(start, _long(2)))
+    kind = ir.VectorType(ir.IntType(8), LANES)
+    return builder.zext(builder.load(builder.inttoptr(place, ir.PointerType(kind)), align=1), _INTS)
 
 
 def _quads(builder: Any, words: Any, stride: Any, bits: int) -> Iterator[Any]:
@@ -142,20 +161,20 @@ def _of_addresses(emit: Callable[..., None], count: int) -> Any:
         emit(builder, *arguments)
         return context.get_dummy_value()
 
-    def six(_: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
-        return types.void(*[types.int64] * 6), generated
+    def typed(*_: Any) -> Any:
+        return types.void(*[types.int64] * count), generated
 
-    def three(_: Any, a: Any, b: Any, c: Any) -> Any:
-        return types.void(*[types.int64] * 3), generated
-
-    return intrinsic({3: three, 6: six}[count])
+    names = [inspect.Parameter(f"a{k}", inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in range(count + 1)]
+    typed.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined] # numba counts them
+    return intrinsic(typed)
 
 
 def _products(bits: int, count: int) -> Any:
     """``f(words, stride, x, zeros, sums, groups)``: codes of one segment less zero points, times activations.
 
     For ``groups`` of lanes from address ``words`` on (``stride`` bytes from word to word), adds to float32 ``sums``:
-    those of ``count`` rows of activations, whose records begin at ``x``. What is summed is integers, exact.
+    those of ``count`` rows of activations, whose records begin at ``x``. What is summed is integers, exact. Zero points
+    are bytes.
     """
 
     def emit(builder: Any, words: Any, stride: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
@@ -163,7 +182,7 @@ def _products(bits: int, count: int) -> Any:
         units = [_broadcast(builder, _load(builder, r, _FLOAT, 4 * PAIRS)) for r in records]
         integers = [_broadcast(builder, _load(builder, r, _INT, 4 * PAIRS + 4)) for r in records]
         with _groups(builder, groups) as start:
-            zero = _load(builder, builder.add(zeros, start), _INTS)
+            zero = _of_bytes(builder, zeros, start)
             found = [(_splat(0), _splat(0))] * count
             for quad, codes in enumerate(_quads(builder, builder.add(words, start), stride, bits)):
                 for n, record in enumerate(records):
@@ -171,18 +190,12 @@ def _products(bits: int, count: int) -> Any:
                     found[n] = _multiplied(builder, found[n], codes, tuple(_broadcast(builder, v) for v in pair))  # type: ignore[arg-type]
             for n in range(count):
                 total = builder.sub(_total(builder, found[n]), builder.mul(zero, integers[n]))
-                place = builder.add(builder.add(sums, start), _long(4 * SUMS * n))
+                place = builder.add(builder.add(sums, start), _long(4 * STRIDE * n))
                 part = builder.fmul(builder.sitofp(total, _FLOATS), units[n])
                 _store(builder, builder.fadd(_load(builder, place, _FLOATS), part), place)
 
     return _of_addresses(emit, 6)
 
-
-SUMS = 1024
-"""From one row of activations to the next in the sums that products are added to."""
-
-COUNT = 4
-"""Rows of activations that are multiplied together, if there is more than one."""
 
 product_1, product_2, product_3, product_4, product_5, product_6, product_7, product_8 = (
     _products(bits, 1) for bits in range(1, 9)
@@ -193,15 +206,13 @@ products_1, products_2, products_3, products_4, products_5, products_6, products
 
 
 def _values(bits: int) -> Any:
-    """``f(words, stride, grid, out, step, groups)``: a segment of weights in float32, channels ``step`` bytes apart.
+    """``f(words, stride, zeros, scales, out, step, groups)``: weights of a segment, channels ``step`` bytes apart."""
 
-    At ``grid`` are the zero points of :data:`SUMS` rows and then as many scales.
-    """
-
-    def emit(builder: Any, words: Any, stride: Any, grid: Any, out: Any, step: Any, groups: Any) -> None:
+    def emit(
+        builder: Any, words: Any, stride: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any
+    ) -> None:
         with _groups(builder, groups) as start:
-            zero = _load(builder, builder.add(grid, start), _INTS)
-            scale = _load(builder, builder.add(grid, start), _FLOATS, 4 * SUMS)
+            zero, scale = _of_bytes(builder, zeros, start), _load(builder, builder.add(scales, start), _FLOATS)
             for quad, codes in enumerate(_quads(builder, builder.add(words, start), stride, bits)):
                 for k in range(4):
                     code = builder.and_(_shift(builder, codes, 8 * k), _splat(0xFF))
@@ -209,10 +220,45 @@ def _values(bits: int) -> Any:
                     place = builder.add(out, builder.mul(step, _long(4 * quad + k)))
                     _store(builder, value, builder.add(place, start))
 
-    return _of_addresses(emit, 6)
+    return _of_addresses(emit, 7)
 
 
 values_1, values_2, values_3, values_4, values_5, values_6, values_7, values_8 = (_values(b) for b in range(1, 9))
+
+
+def _scales(builder: Any, codes: Any, rows: Any, bases: Any, out: Any, groups: Any) -> None:
+    """The products of :func:`mpfx.nn.scales.scale_values`, in their order."""
+    group, step = (_broadcast(builder, _load(builder, bases, _FLOAT, 4 * k)) for k in range(2))
+    with _groups(builder, groups) as start:
+        code = _of_bytes(builder, codes, start)
+        exponent = builder.sub(_splat(127), builder.lshr(code, _splat(2)))
+        power = builder.bitcast(builder.shl(exponent, _splat(23)), _FLOATS)
+        root = ir.Constant(_FLOATS, [_ROOTS[0]] * LANES)
+        for k in range(1, 4):
+            found = builder.icmp_unsigned("==", builder.and_(code, _splat(3)), _splat(k))
+            root = builder.select(found, ir.Constant(_FLOATS, [_ROOTS[k]] * LANES), root)
+        value = builder.fmul(_load(builder, builder.add(rows, start), _FLOATS), group)
+        value = builder.fmul(builder.fmul(value, builder.fmul(root, power)), step)
+        _store(builder, value, builder.add(out, start))
+
+
+_ROOTS = tuple(float(np.float32(factor)) for factor in FACTORS[:4])
+
+scales: Any = _of_addresses(_scales, 5)
+"""``scales(codes, rows, bases, out, groups)``: what codes stand for, which are bytes; at ``bases`` the group's, the step.
+"""
+
+
+def _finish(builder: Any, sums: Any, scales: Any, y: Any, groups: Any) -> None:
+    with _groups(builder, groups) as start:
+        total, place = builder.add(sums, start), builder.add(y, start)
+        part = builder.fmul(_load(builder, total, _FLOATS), _load(builder, builder.add(scales, start), _FLOATS))
+        _store(builder, builder.fadd(_load(builder, place, _FLOATS), part), place)
+        _store(builder, ir.Constant(_FLOATS, [0.0] * LANES), total)
+
+
+finish: Any = _of_addresses(_finish, 4)
+"""``finish(sums, scales, y, groups)``: adds sums times scales to ``y``, and sets the sums to zero."""
 
 
 def _bytes(bits: int) -> Any:
@@ -288,21 +334,21 @@ def _moved(_: Any, codes: Any, kept: Any, fills: Any, out: Any, step: Any) -> An
 
 
 def _move_rows(builder: Any, codes: Any, kept: Any, fills: Any, out: Any, step: Any) -> Any:
-    row_type, bit_type = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(1), 32)
-    expand = _declared(builder, "llvm.x86.avx512.mask.expand.v32i8", row_type, row_type, row_type, bit_type)
-    count = _declared(builder, "llvm.ctpop.i32", _INT, _INT)
+    two_rows, bits = ir.VectorType(ir.IntType(8), 64), ir.VectorType(ir.IntType(1), 64)
+    expand = _declared(builder, "llvm.x86.avx512.mask.expand.v64i8", two_rows, two_rows, two_rows, bits)
+    count = _declared(builder, "llvm.ctpop.i64", _LONG, _LONG)
     masks = cgutils.alloca_once(builder, _INTS)  # type: ignore[no-untyped-call]
-    ordered = _channel_order(builder, _load(builder, kept, _INTS))
-    builder.store(ordered, masks, align=4)
-    first, rows = builder.ptrtoint(masks, _LONG), []
-    for row in range(LANES):
-        mask = _load(builder, first, _INT, 4 * row)
-        source = builder.load(builder.inttoptr(codes, ir.PointerType(row_type)), align=1)
-        fill = _broadcast(builder, builder.trunc(_load(builder, fills, _INT, 4 * row), ir.IntType(8)), 32)
-        found = builder.call(expand, [source, fill, builder.bitcast(mask, bit_type)])
-        rows.append(builder.bitcast(found, _EIGHT))
-        codes = builder.add(codes, builder.zext(builder.call(count, [mask]), _LONG))
-    for word, lanes in enumerate(_transposed(builder, rows)):
+    builder.store(_channel_order(builder, _load(builder, kept, _INTS)), masks, align=4)
+    first, pairs = builder.ptrtoint(masks, _LONG), []
+    for row in range(0, LANES, 2):
+        mask = _load(builder, first, _LONG, 4 * row)
+        source = builder.load(builder.inttoptr(codes, ir.PointerType(two_rows)), align=1)
+        low, high = (_broadcast(builder, _load(builder, fills, _INT, 4 * row + k)) for k in (0, 4))
+        fill = builder.shuffle_vector(low, high, ir.Constant(_INTS, [*range(8), *range(24, 32)]))
+        found = builder.call(expand, [source, builder.bitcast(fill, two_rows), builder.bitcast(mask, bits)])
+        pairs.append(builder.bitcast(found, _INTS))
+        codes = builder.add(codes, builder.call(count, [mask]))
+    for word, lanes in enumerate(_transposed(builder, pairs)):
         _store(builder, lanes, builder.add(out, builder.mul(step, _long(word))))
     return codes
 
@@ -317,19 +363,17 @@ def _channel_order(builder: Any, word: Any) -> Any:
     return word
 
 
-def _transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
-    """Sixteen rows of eight words as eight of sixteen, with the halves of all rows side by side throughout."""
-    both = [
-        builder.shuffle_vector(rows[k], rows[k + 8], ir.Constant(_INTS, list(range(16)))) for k in range(8)
-    ]
+def _transposed(builder: Any, pairs: Sequence[Any]) -> list[Any]:
+    """Eight pairs of rows of eight words as eight words of sixteen rows."""
+    both, lanes = list(pairs), range(16)
     for step in (1, 2, 4):
+        order = [k // 2 + k % 2 * 8 for k in lanes] if step == 4 else lanes  # even rows and odd ones lay apart
         for k in (k for k in range(8) if not k & step):
-            a, b = both[k], both[k + step]
-            lanes = range(16)
-            first = [i if not i & step else 16 + i - step for i in lanes]
-            second = [i + step if not i & step else 16 + i for i in lanes]
+            first = [i if not i & step else 16 + i - step for i in order]
+            second = [i + step if not i & step else 16 + i for i in order]
             both[k], both[k + step] = (
-                builder.shuffle_vector(a, b, ir.Constant(_INTS, indices)) for indices in (first, second)
+                builder.shuffle_vector(both[k], both[k + step], ir.Constant(_INTS, indices))
+                for indices in (first, second)
             )
     return both
 
@@ -337,8 +381,8 @@ def _transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
 moved: Any = intrinsic(_moved)
 """``moved(codes, kept, fills, out, step)``: bytes from ``codes`` on to the channels that ``kept`` has, of 16 rows.
 
-Other channels become what ``fills`` has for their row; four channels are a word, words are ``step`` bytes apart.
-Returns where the next codes are. Only where :data:`MOVES` holds; reads up to 32 bytes more than there are codes.
+Other channels become what ``fills`` has for their row, four bytes; four channels are a word, words are ``step`` bytes
+apart. Returns where the next codes are. Only where :data:`MOVES` holds; reads up to 64 bytes more than there are codes.
 """
 
 
