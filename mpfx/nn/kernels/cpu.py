@@ -108,16 +108,16 @@ def _eager(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Te
 
 
 def _multiply(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
-    stored, channels = _stored(weight), weight.layout.in_features
+    stored = _stored(weight)
     y = torch.empty((*x.shape[:-1], stored.rows), dtype=torch.float32, device=_CPU)  # whatever the defaults are
-    order = None if permutation is None else _order(permutation, channels)
+    order = None if permutation is None else _order(permutation, stored.channels)
     shift = None if bias is None else _shift(bias, stored.rows)
     arguments = (
-        x.data_ptr(), x.numel() // channels,
+        x.data_ptr(), x.numel() // stored.channels,
         0 if order is None else order.data_ptr(), 0 if order is None else order.itemsize // 4,
         0 if shift is None else shift.data_ptr(), y.data_ptr(),
     )  # fmt: skip
-    _together(_jit().multiply, (stored.address, *arguments), 0, stored.rows, channels)
+    _together(_jit().multiply, (stored.address, *arguments), (stored, x, order, shift, y), 0, stored.rows, stored.rows)
     return y
 
 
@@ -148,33 +148,45 @@ def _expand(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: T
     for start in range(0, stored.rows, chunk):
         stop = min(start + chunk, stored.rows)
         arguments = (stored.address, start, stop, buffer.data_ptr(), chunk)
-        _together(_jit().dequantize, arguments, start, stop, channels, _codes().TILE)
+        _together(_jit().dequantize, arguments, (stored, buffer), start, stop, _codes().TILE)
         torch.mm(flat, buffer[: flat.shape[1], : stop - start], out=y[:, start:stop])
     y = y if bias is None else y.add_(bias.float())
     return _shaped(y, x)
 
 
-def _together(
-    work: Any, arguments: tuple[int, ...], first: int, last: int, channels: int, most: int | None = None
-) -> None:
+def _together(work: Any, arguments: tuple[int, ...], kept: tuple[Any, ...], first: int, last: int, most: int) -> None:
     """Share rows ``first .. last-1`` of a weight among as many threads as torch uses, and the weight is worth.
 
     Pieces are taken, not handed out: a thread that comes late finds nothing left to do, and is not waited for.
+
+    Args:
+        work: compiled; takes the arguments, the address of the next row, and the rows to take at a time.
+        arguments: addresses and sizes.
+        kept: what the addresses are of, for as long as a thread is at work.
+        first: row.
+        last: row behind the last.
+        most: rows to take at a time.
     """
-    weights, block = (last - first) * channels, 64
+    weights, block = (last - first) * kept[0].channels, _codes().BLOCK
     threads = 1 if weights < 2 * _THREAD_WEIGHTS else min(torch.get_num_threads(), weights // _THREAD_WEIGHTS)
     wanted = (last - first) // (4 * threads) if threads > 1 else last - first
-    step = max(1, -(-wanted // block)) * block
+    step = max(block, min(-(-wanted // block) * block, most))
     task = ctypes.c_int64(first)
-    whole = (*arguments, ctypes.addressof(task), step if most is None else min(step, most))
+    whole = (*arguments, ctypes.addressof(task), step)
     if threads == 1:
         work(*whole)
         return
-    helpers = [_pool().submit(work, *whole) for _ in range(threads - 1)]
-    work(*whole)
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    helpers = [_pool().submit(_help, work, whole, (kept, task)) for _ in range(threads - 1)]
+    try:
+        work(*whole)
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+def _help(work: Any, arguments: tuple[int, ...], _: tuple[Any, ...]) -> None:
+    work(*arguments)
 
 
 @cache
@@ -198,6 +210,7 @@ class _Stored:
     version: int
     address: int
     rows: int
+    channels: int
     kept: tuple[Any, ...]
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -242,6 +255,7 @@ def _located(weight: PackedWeight) -> _Stored:
         version=_version(weight.mask),
         address=made.ctypes.data,
         rows=weight.out_features,
+        channels=weight.layout.in_features,
         kept=(made, arrays),
     )
 

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
-from numba import carray, njit
 from numpy.typing import NDArray
 
 from mpfx.nn.kernels.cpu_lanes import (
@@ -33,8 +33,8 @@ BLOCK = 64
 
 _STEPS = np.array([0.0] + [1 / ((1 << bits) - 1) for bits in range(1, 9)], np.float32)
 
-jit = njit(cache=True, nogil=True)
-inline = njit(cache=True, nogil=True, inline="always")
+jit = numba.njit(cache=True, nogil=True)
+inline = numba.njit(cache=True, nogil=True, inline="always")
 
 FIELDS = ("codes", "table", "scales", "scale_codes", "row_scales", "group_scales", "zeros", "mask", "starts", "streams")
 """Arrays of a packed weight in the order of their addresses."""
@@ -64,7 +64,7 @@ class Stored(NamedTuple):
 @inline
 def array(address: Any, count: Any, dtype: Any) -> Any:
     """An array of memory that something else keeps."""
-    return carray(pointer(address), count, dtype)
+    return numba.carray(pointer(address), count, dtype)  # type: ignore[attr-defined]
 
 
 @jit
@@ -90,8 +90,8 @@ def stored(address: Any) -> Any:
 class Tile(NamedTuple):
     """Scratch for some of the rows, whole groups of lanes: of one grid, and the surviving codes of one segment.
 
-    ``zeros`` are bytes, ``fills`` these four times, ``words`` surviving codes or those of the last lanes, where these are
-    more than there are rows; ``kept`` is the mask of one segment, zero for rows that are not there.
+    ``zeros`` are bytes, ``fills`` these four times; ``words`` are surviving codes, or those of the last lanes where
+    rows do not fill these; ``kept`` is the mask of one segment, zero for rows that are not there.
     """
 
     bytes: NDArray[np.int32]

@@ -84,7 +84,7 @@ def _broadcast(builder: Any, value: Any, lanes: int = LANES) -> Any:
 @contextmanager
 def _groups(builder: Any, count: Any) -> Iterator[Any]:
     """A loop over groups of lanes, with the byte that a group starts at."""
-    with cgutils.for_range(builder, count) as loop:  # type: ignore[no-untyped-call]
+    with cgutils.for_range(builder, count) as loop:
         yield builder.mul(loop.index, _long(_ROW))
 
 
@@ -133,10 +133,10 @@ def _multiplied(builder: Any, sums: tuple[Any, Any], codes: Any, x: tuple[Any, A
     """Add products of four codes and activations of every lane, which :func:`_total` adds up."""
     if BYTES:
         dot = _declared(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, *[_INTS] * 3)
-        return tuple(builder.call(dot, [s, codes, v]) for s, v in zip(sums, x, strict=True))  # type: ignore[return-value]
+        return tuple(builder.call(dot, [s, codes, v]) for s, v in zip(sums, x, strict=True))
     halves = _splat(0x00FF00FF)
     pairs = builder.and_(codes, halves), builder.and_(builder.lshr(codes, _splat(8)), halves)
-    return tuple(builder.add(s, _dot2(builder, *both)) for s, *both in zip(sums, pairs, x, strict=True))  # type: ignore[return-value]
+    return tuple(builder.add(s, _dot2(builder, *both)) for s, *both in zip(sums, pairs, x, strict=True))
 
 
 def _total(builder: Any, sums: tuple[Any, Any]) -> Any:
@@ -187,7 +187,7 @@ def _products(bits: int, count: int) -> Any:
             for quad, codes in enumerate(_quads(builder, builder.add(words, start), stride, bits)):
                 for n, record in enumerate(records):
                     pair = [_load(builder, record, _INT, 8 * quad + 4 * k) for k in range(2)]
-                    found[n] = _multiplied(builder, found[n], codes, tuple(_broadcast(builder, v) for v in pair))  # type: ignore[arg-type]
+                    found[n] = _multiplied(builder, found[n], codes, tuple(_broadcast(builder, v) for v in pair))
             for n in range(count):
                 total = builder.sub(_total(builder, found[n]), builder.mul(zero, integers[n]))
                 place = builder.add(builder.add(sums, start), _long(4 * STRIDE * n))
@@ -208,9 +208,7 @@ products_1, products_2, products_3, products_4, products_5, products_6, products
 def _values(bits: int) -> Any:
     """``f(words, stride, zeros, scales, out, step, groups)``: weights of a segment, channels ``step`` bytes apart."""
 
-    def emit(
-        builder: Any, words: Any, stride: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any
-    ) -> None:
+    def emit(builder: Any, words: Any, stride: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any) -> None:
         with _groups(builder, groups) as start:
             zero, scale = _of_bytes(builder, zeros, start), _load(builder, builder.add(scales, start), _FLOATS)
             for quad, codes in enumerate(_quads(builder, builder.add(words, start), stride, bits)):
@@ -245,8 +243,7 @@ def _scales(builder: Any, codes: Any, rows: Any, bases: Any, out: Any, groups: A
 _ROOTS = tuple(float(np.float32(factor)) for factor in FACTORS[:4])
 
 scales: Any = _of_addresses(_scales, 5)
-"""``scales(codes, rows, bases, out, groups)``: what codes stand for, which are bytes; at ``bases`` the group's, the step.
-"""
+"""``scales(codes, rows, bases, out, groups)``: what codes, bytes, stand for; at ``bases``, the group's and the step."""
 
 
 def _finish(builder: Any, sums: Any, scales: Any, y: Any, groups: Any) -> None:
@@ -265,7 +262,7 @@ def _bytes(bits: int) -> Any:
     """``f(words, out, blocks)``: blocks of 32 codes that lie one after another, as bytes."""
 
     def emit(builder: Any, words: Any, out: Any, blocks: Any) -> None:
-        with cgutils.for_range(builder, blocks) as loop:  # type: ignore[no-untyped-call]
+        with cgutils.for_range(builder, blocks) as loop:
             place = builder.add(words, builder.mul(loop.index, _long(4 * bits)))
             low, word, code = 0, 0, None
             for size in PLANES[bits][:1] if bits == RAW_BITS else PLANES[bits]:
