@@ -123,13 +123,21 @@ def _multiply(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias:
 
 def _order(permutation: Tensor, channels: int) -> Tensor:
     """A permutation as the kernel takes it, of 16 or 32 bits."""
+    _check_here("permutation", permutation)
     if permutation.numel() != channels:
         raise ValueError(f"Expected `permutation` of {channels} channels but got {permutation.numel()}.")
     order = permutation if permutation.dtype in (torch.uint16, torch.int32) else permutation.to(torch.int32)
     return order.contiguous()
 
 
+def _check_here(name: str, tensor: Tensor) -> None:
+    """Addresses on other devices, or of no memory, must not be read."""
+    if not tensor.is_cpu:
+        raise ValueError(f"Expected `{name}` on the CPU, as `x` is, but got one on {tensor.device}.")
+
+
 def _shift(bias: Tensor, rows: int) -> Tensor:
+    _check_here("bias", bias)
     if bias.numel() != rows:
         raise ValueError(f"Expected `bias` of {rows} rows but got {bias.numel()}.")
     return bias.detach().float().contiguous()
@@ -236,6 +244,7 @@ def _located(weight: PackedWeight) -> _Stored:
     """Find the tensors of a weight; nothing is copied, unless it does not lie in one piece."""
     parts = {name: part for name in _DTYPES if (part := weight.parts[name]) is not None}
     for name, part in parts.items():
+        _check_here(name, part)
         if part.dtype != _DTYPES[name]:
             raise ValueError(f"Expected `{name}` of {_DTYPES[name]} but got {part.dtype}.")
     arrays: dict[str, Any] = {name: part.contiguous() for name, part in parts.items()}

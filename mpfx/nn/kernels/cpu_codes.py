@@ -287,3 +287,9 @@ def new_grid(table: Any, segment: Any) -> Any:
 def is_left_out(table: Any, segment: Any) -> Any:
     """Whether nothing is stored for a segment."""
     return table[segment, 0] == LEFT_OUT
+
+
+@inline
+def whole_lanes(count: Any) -> Any:
+    """How many of ``count`` rows fill lanes; all, if none do."""
+    return count // LANES * LANES if count >= LANES else count

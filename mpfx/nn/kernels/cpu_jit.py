@@ -22,6 +22,7 @@ from mpfx.nn.kernels.cpu_codes import (
     new_tile,
     raw_value,
     stored,
+    whole_lanes,
 )
 from mpfx.nn.kernels.cpu_lanes import (
     BYTES,
@@ -170,7 +171,7 @@ def _to_integers(values: Any, integers: Any) -> Any:
     return np.float32(1.0 / factor)
 
 
-@jit
+@inline
 def _multiply_tile(weight: Any, values: Any, records: Any, first: Any, stop: Any, y: Any) -> None:
     """Add what rows ``first .. stop-1`` of a weight, from a block of rows on, make to ``y[:, first : stop]``."""
     count, table = stop - first, weight.table
@@ -186,13 +187,12 @@ def _multiply_tile(weight: Any, values: Any, records: Any, first: Any, stop: Any
         if new_grid(table, segment):
             load_grid(weight, tile, segment, first, count)
         words, stride, bits = codes_of(weight, tile, segment, first, count)
-        zeros, totals, full = tile.zeros.ctypes.data, sums.ctypes.data, count // LANES
-        x = records[segment].ctypes.data
-        _products(words, stride, bits, x, zeros, totals, full, records.shape[1])
-        if count % LANES:
-            row = LANES * full
-            words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
-            _products(words, stride, bits, x, zeros + row, totals + 4 * row, 1, records.shape[1])
+        zeros, totals, x = tile.zeros.ctypes.data, sums.ctypes.data, records[segment].ctypes.data
+        for row in range(0, count, whole_lanes(count)):  # whole lanes, and what is left
+            groups = max((count - row) // LANES, 1)
+            if count - row < LANES:
+                words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
+            _products(words, stride, bits, x, zeros + row, totals + 4 * row, groups, records.shape[1])
         if segment + 1 == len(table) or new_grid(table, segment + 1):
             for n in range(len(y)):
                 finish(sums[0, n].ctypes.data, tile.scales.ctypes.data, sums[1, n].ctypes.data, -(-count // LANES))
@@ -206,17 +206,17 @@ def _add(sums: Any, y: Any) -> None:
         y[r] += sums[r]
 
 
-@jit
+@inline
 def _products(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any, count: Any) -> None:
     """Add the products of a segment's codes and all rows of activations to ``sums``, :data:`COUNT` rows at a time."""
     if count == 1:
         _product(words, stride, bits, x, zeros, sums, groups)
-        return
-    for n in range(0, count, COUNT):
-        _products_together(words, stride, bits, x + 4 * RECORD * n, zeros, sums + 4 * STRIDE * n, groups)
+    else:
+        for n in range(0, count, COUNT):
+            _products_together(words, stride, bits, x + 4 * RECORD * n, zeros, sums + 4 * STRIDE * n, groups)
 
 
-@jit
+@inline
 def _product(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
     if bits == 4:
         product_4(words, stride, x, zeros, sums, groups)
@@ -236,7 +236,7 @@ def _product(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, 
         product_1(words, stride, x, zeros, sums, groups)
 
 
-@jit
+@inline
 def _products_together(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
     if bits == 4:
         products_4(words, stride, x, zeros, sums, groups)
@@ -284,7 +284,7 @@ def dequantize(fields: Any, begin: Any, end: Any, out: Any, width: Any, task: An
         first = taken(task, step)
 
 
-@jit
+@inline
 def _dequantize_tile(weight: Any, first: Any, stop: Any, out: Any, width: Any) -> None:
     count, table = stop - first, weight.table
     tile = new_tile(weight, first, count)
@@ -296,12 +296,12 @@ def _dequantize_tile(weight: Any, first: Any, stop: Any, out: Any, width: Any) -
         if new_grid(table, segment):
             load_grid(weight, tile, segment, first, count)
         words, stride, bits = codes_of(weight, tile, segment, first, count)
-        zeros, scales, full = tile.zeros.ctypes.data, tile.scales.ctypes.data, count // LANES
-        _values(words, stride, bits, zeros, scales, part, 4 * width, full)
-        if count % LANES:
-            row = LANES * full
-            words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
-            _values(words, stride, bits, zeros + row, scales + 4 * row, part + 4 * row, 4 * width, 1)
+        zeros, scales = tile.zeros.ctypes.data, tile.scales.ctypes.data
+        for row in range(0, count, whole_lanes(count)):
+            groups = max((count - row) // LANES, 1)
+            if count - row < LANES:
+                words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
+            _values(words, stride, bits, zeros + row, scales + 4 * row, part + 4 * row, 4 * width, groups)
 
 
 @jit
@@ -317,7 +317,7 @@ def _raw_or_zero(weight: Any, tile: Any, segment: Any, first: Any, count: Any, o
             out[channel * width + r] = raw_value(codes, stride // 4, channel, r)
 
 
-@jit
+@inline
 def _values(words: Any, stride: Any, bits: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any) -> None:
     if bits == 4:
         values_4(words, stride, zeros, scales, out, step, groups)

@@ -284,7 +284,7 @@ def test_a_fork_has_threads_of_its_own() -> None:
 
 
 @needs_numba
-def test_sizes_that_do_not_fit() -> None:
+def test_arguments_that_do_not_fit() -> None:
     weight = random_weight(Layout(64, (4, 4), 64), 40)
     x, order = activations(1, 64), torch.arange(63)
     for arguments, message in (
@@ -292,6 +292,9 @@ def test_sizes_that_do_not_fit() -> None:
         ((x, weight, order), "`permutation` of 64 channels but got 63"),
         ((x, weight, None, torch.zeros(41)), "`bias` of 40 rows but got 41"),
         ((x, dataclasses.replace(weight, codes=weight.codes.long()), None), "`codes` of torch.int32"),
+        ((x, dataclasses.replace(weight, codes=weight.codes.to("meta")), None), "`codes` on the CPU"),
+        ((x, weight, torch.arange(64, device="meta")), "`permutation` on the CPU"),
+        ((x, weight, None, torch.zeros(40, device="meta")), "`bias` on the CPU"),
     ):
         with pytest.raises(ValueError, match=message):
             cpu_linear(*arguments)
