@@ -1,6 +1,7 @@
 """The module that runs a packed weight."""
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any, Self
 
 import torch
@@ -69,6 +70,7 @@ class MixedPrecisionLinear(PackedModule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self._known: tuple[tuple[Tensor | None, ...], PackedWeight] | None = None  # of these buffers; kernels keep more
         self.layout = weight.layout
         self.in_features, self.out_features = weight.layout.in_features, weight.out_features
         for name, part in weight.parts.items():
@@ -81,7 +83,17 @@ class MixedPrecisionLinear(PackedModule):
     @property
     def packed(self) -> PackedWeight:
         """The packed tensors."""
-        return PackedWeight.of({name: getattr(self, name) for name in PARTS}, self.layout)
+        if torch.compiler.is_compiling():
+            return PackedWeight.of({name: getattr(self, name) for name in PARTS}, self.layout)
+        buffers = tuple(map(self._buffers.get, PARTS))
+        known = self._known
+        if known is None or not all(map(is_, known[0], buffers)):
+            weight = PackedWeight.of(dict(zip(PARTS, buffers, strict=True)), self.layout)
+            known = self._known = (buffers, weight)
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
 
     @property
     def weight_dtype(self) -> torch.dtype:

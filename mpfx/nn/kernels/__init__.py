@@ -11,6 +11,7 @@
 All but the last take float32, float16 and bfloat16. An operator, because compilers and CUDA graphs take one as it is.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -37,7 +38,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, b
     Returns:
         ``(..., out)`` in the dtype of ``x``.
     """
-    if _plain(x):  # the dispatcher takes longer than a small layer does
+    if _plain(x, bias):  # the dispatcher takes longer than a small layer does
         return _run(x, weight, permutation, bias)
     layout = weight.layout
     parts = weight.parts
@@ -56,25 +57,33 @@ def reference(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias:
     return torch.nn.functional.linear(x, unpack(weight).dequantize().to(x.dtype), bias)
 
 
-def _plain(x: Tensor) -> bool:
+def _plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing but the result is wanted: no graph, no gradient, no stand-in for a tensor."""
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    return not (wanted and torch.is_grad_enabled())
+
+
+def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    if x.is_cpu and x.dtype in _KERNEL_DTYPES and x.numel() > 0:
+        return _cpu()(x, weight, permutation, bias)
+    return _run_elsewhere(x, weight, permutation, bias)
+
+
+@cache
+def _cpu() -> Callable[..., Tensor]:
+    from mpfx.nn.kernels.cpu import cpu_linear
+
+    return cpu_linear
 
 
 @torch.no_grad()
-def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
-    device, rows = x.device.type, x.numel() // max(x.shape[-1], 1)
-    known = x.dtype in _KERNEL_DTYPES and rows > 0
-    if known and device == "cuda" and _cuda().runs_on(x.device):
-        cuda_linear = _cuda().cuda_linear
-        out = cuda_linear(x.reshape(rows, -1), weight, permutation, bias)
-    elif known and device == "cpu":
-        from mpfx.nn.kernels.cpu import cpu_linear
-
-        out = cpu_linear(x.reshape(rows, -1), weight, permutation)
-        out = out if bias is None else out.add_(bias.to(out.dtype))
-    else:
+def _run_elsewhere(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    known = x.dtype in _KERNEL_DTYPES and x.numel() > 0
+    if not (known and x.is_cuda and _cuda().runs_on(x.device)):
         return reference(x, weight, permutation, bias)
+    out = _cuda().cuda_linear(x.reshape(-1, x.shape[-1]), weight, permutation, bias)
     # No view: what an operator hands out may be written to.
     shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.out_features])
     return shaped

@@ -5,11 +5,12 @@ expanded into one buffer of a few megabytes, chunk after chunk, and torch multip
 first use, and kept on disk; without numba, torch expands groups of channels.
 """
 
-import itertools
+import ctypes
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +25,6 @@ from mpfx.nn.kernels.cpu_eager import eager_linear
 from mpfx.nn.kernels.tables import segment_table
 from mpfx.nn.layout import LEFT_OUT, Layout, words
 from mpfx.nn.packing import PackedWeight
-from mpfx.nn.scales import CodedScales
 
 FEW_ROWS = 8
 """Rows of activations up to which the packed words are multiplied as they are."""
@@ -32,32 +32,55 @@ FEW_ROWS = 8
 CHUNK_BYTES = 4 << 20
 """Most bytes of dense float32 weight at a time, unless 64 rows of it are more."""
 
-_THREAD_WEIGHTS = 1 << 18  # that a thread is worth waking for
+_THREAD_WEIGHTS = 1 << 21  # that a thread is worth waking for
 _CPU = torch.device("cpu")
+_DTYPES = {
+    "codes": torch.int32,
+    "scales": torch.float16,
+    "scale_codes": torch.int32,
+    "row_scales": torch.float16,
+    "group_scales": torch.float16,
+    "zeros": torch.int32,
+    "mask": torch.int32,
+}
 
 
-@torch.no_grad()
-def cpu_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None) -> Tensor:
-    """Multiply rows of activations with a packed weight, in float32.
+def cpu_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows of activations with a packed weight, in float32; nothing is recorded for gradients.
 
     Up to eight rows are rounded to integers of 16 bits relative to the largest activation of their segment of 32
     channels, which moves the result by less than 1e-4 of its norm; with more rows, products are those of float32.
 
     Args:
-        x: ``(rows, in)``, float32, float16 or bfloat16.
+        x: ``(..., in)``, float32, float16 or bfloat16.
         weight: on the CPU.
         permutation: integers ``(in,)``; channel ``permutation[k]`` of ``x`` meets channel k of the weight. None: the
             order is the input's own.
+        bias: ``(out,)`` or None.
 
     Returns:
-        ``(rows, out)`` in the dtype of ``x``.
+        ``(..., out)`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: if the sizes of the arguments do not fit the weight.
     """
-    values = x.float()
+    layout = weight.layout
+    if x.shape[-1] != layout.in_features:
+        raise ValueError(f"Expected `x` of {layout.in_features} channels but got {x.shape[-1]}.")
+    values = x if x.dtype is torch.float32 else x.detach().float()
     if not _has_numba():
-        values = values if permutation is None else values.index_select(1, permutation.to(torch.int32))
-        return eager_linear(values, weight, CHUNK_BYTES).to(x.dtype)
-    few = len(x) <= FEW_ROWS <= weight.out_features  # the kernel takes eight rows of the weight at once
-    return (_multiply if few else _expand)(values, weight, permutation).to(x.dtype)
+        y = _eager(values, weight, permutation, bias)
+    elif values.numel() <= FEW_ROWS * layout.in_features:
+        y = _multiply(values.contiguous(), weight, permutation, bias)
+    else:
+        y = _expand(values, weight, permutation, bias)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Rows of results in the shape of the input; no view: what an operator hands out may be written to."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+    return shaped
 
 
 @cache
@@ -75,63 +98,103 @@ def _codes() -> Any:
     return import_module("mpfx.nn.kernels.cpu_codes")
 
 
-def _multiply(x: Tensor, weight: PackedWeight, permutation: Tensor | None) -> Tensor:
-    jit, stored, rows = _jit(), _stored(weight), weight.out_features
-    count, segments = len(x), len(weight.layout.widths)
-    made = jit.Activations(
-        values=np.empty((count, 32 * segments), np.float32),
-        pairs=np.empty((count, 16 * segments), np.int32),
-        units=np.empty((count, segments), np.float32),
-        sums=np.empty((count, segments), np.int32),
-    )
-    order = np.empty(0, np.int32) if permutation is None else permutation.to(torch.int32).numpy()
-    jit.activations(x.contiguous().numpy(), order, made)
-    y = torch.empty(count, rows, dtype=torch.float32, device=_CPU)  # whatever the defaults are
-    out = y.numpy()
-    _by_rows(lambda first, last: jit.multiply(stored, made, first, last, out), 0, rows, weight.layout.in_features)
+@torch.no_grad()
+def _eager(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    flat = flat if permutation is None else flat.index_select(1, permutation.to(torch.int32))
+    y = eager_linear(flat, weight, CHUNK_BYTES)
+    y = y if bias is None else y.add_(bias.float())
+    return _shaped(y, x)
+
+
+def _multiply(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    stored = _stored(weight)
+    y = torch.empty((*x.shape[:-1], stored.rows), dtype=torch.float32, device=_CPU)  # whatever the defaults are
+    order = None if permutation is None else _order(permutation, stored.channels)
+    shift = None if bias is None else _shift(bias, stored.rows)
+    arguments = (
+        x.data_ptr(), x.numel() // stored.channels,
+        0 if order is None else order.data_ptr(), 0 if order is None else order.itemsize // 4,
+        0 if shift is None else shift.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    _together(_jit().multiply, (stored.address, *arguments), (stored, x, order, shift, y), 0, stored.rows, stored.rows)
     return y
 
 
-def _expand(x: Tensor, weight: PackedWeight, permutation: Tensor | None) -> Tensor:
-    stored, rows, block = _stored(weight), weight.out_features, _codes().BLOCK
-    channels = 32 * len(weight.layout.widths)
+def _order(permutation: Tensor, channels: int) -> Tensor:
+    """A permutation as the kernel takes it, of 16 or 32 bits."""
+    _check_here("permutation", permutation)
+    if permutation.numel() != channels:
+        raise ValueError(f"Expected `permutation` of {channels} channels but got {permutation.numel()}.")
+    order = permutation if permutation.dtype in (torch.uint16, torch.int32) else permutation.to(torch.int32)
+    return order.contiguous()
+
+
+def _check_here(name: str, tensor: Tensor) -> None:
+    """Addresses on other devices, or of no memory, must not be read."""
+    if not tensor.is_cpu:
+        raise ValueError(f"Expected `{name}` on the CPU, as `x` is, but got one on {tensor.device}.")
+
+
+def _shift(bias: Tensor, rows: int) -> Tensor:
+    _check_here("bias", bias)
+    if bias.numel() != rows:
+        raise ValueError(f"Expected `bias` of {rows} rows but got {bias.numel()}.")
+    return bias.detach().float().contiguous()
+
+
+@torch.no_grad()
+def _expand(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    stored, block, channels = _stored(weight), _codes().BLOCK, 32 * len(weight.layout.widths)
+    flat = x.reshape(-1, x.shape[-1])
     if permutation is not None:
-        x = x.index_select(1, permutation.to(torch.int32))
-    chunk = min(rows, max(1, CHUNK_BYTES // (4 * channels * block)) * block)
+        flat = flat.index_select(1, permutation.to(torch.int32))
+    chunk = max(1, CHUNK_BYTES // (4 * channels * block)) * block
+    chunk = min(-(-stored.rows // block) * block, chunk)
     buffer = torch.empty(channels, chunk, dtype=torch.float32, device=_CPU)
-    y = torch.empty(len(x), rows, dtype=torch.float32, device=_CPU)
-    out = buffer.numpy()
-    for start in range(0, rows, chunk):
-        stop = min(start + chunk, rows)
-        _by_rows(partial(_dequantize, stored, out, start), start, stop, channels)
-        torch.mm(x, buffer[: x.shape[1], : stop - start], out=y[:, start:stop])
-    return y
+    y = torch.empty(len(flat), stored.rows, dtype=torch.float32, device=_CPU)
+    for start in range(0, stored.rows, chunk):
+        stop = min(start + chunk, stored.rows)
+        arguments = (stored.address, start, stop, buffer.data_ptr(), chunk)
+        _together(_jit().dequantize, arguments, (stored, buffer), start, stop, _codes().TILE)
+        torch.mm(flat, buffer[: flat.shape[1], : stop - start], out=y[:, start:stop])
+    y = y if bias is None else y.add_(bias.float())
+    return _shaped(y, x)
 
 
-def _dequantize(stored: Any, out: NDArray[np.float32], start: int, first: int, last: int) -> None:
-    _jit().dequantize(stored, first, last, out, first - start)
-
-
-def _by_rows(work: Callable[[int, int], None], first: int, last: int, channels: int) -> None:
-    """Share the rows of a weight among as many threads as torch uses.
+def _together(work: Any, arguments: tuple[int, ...], kept: tuple[Any, ...], first: int, last: int, most: int) -> None:
+    """Share rows ``first .. last-1`` of a weight among as many threads as torch uses, and the weight is worth.
 
     Pieces are taken, not handed out: a thread that comes late finds nothing left to do, and is not waited for.
+
+    Args:
+        work: compiled; takes the arguments, the address of the next row, and the rows to take at a time.
+        arguments: addresses and sizes.
+        kept: what the addresses are of, for as long as a thread is at work.
+        first: row.
+        last: row behind the last.
+        most: rows to take at a time.
     """
-    codes = _codes()
-    threads = max(1, min(torch.get_num_threads(), (last - first) * channels // _THREAD_WEIGHTS))
-    wanted = -(-(last - first) // (2 * threads if threads > 1 else 1))
-    step = min(-(-wanted // codes.BLOCK) * codes.BLOCK, codes.TILE)
-    pieces = itertools.count(first, step)
+    weights, block = (last - first) * kept[0].channels, _codes().BLOCK
+    threads = 1 if weights < 2 * _THREAD_WEIGHTS else min(torch.get_num_threads(), weights // _THREAD_WEIGHTS)
+    wanted = (last - first) // (4 * threads) if threads > 1 else last - first
+    step = max(block, min(-(-wanted // block) * block, most))
+    task = ctypes.c_int64(first)
+    whole = (*arguments, ctypes.addressof(task), step)
+    if threads == 1:
+        work(*whole)
+        return
+    helpers = [_pool().submit(_help, work, whole, (kept, task)) for _ in range(threads - 1)]
+    try:
+        work(*whole)
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
-    def some() -> None:
-        while (start := next(pieces)) < last:
-            work(start, min(start + step, last))
 
-    helpers = [_pool().submit(some) for _ in range(threads - 1)]
-    some()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+def _help(work: Any, arguments: tuple[int, ...], _: tuple[Any, ...]) -> None:
+    work(*arguments)
 
 
 @cache
@@ -139,27 +202,76 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(64, "mpfx-cpu")  # starts no more than are asked for
 
 
-def _stored(weight: PackedWeight) -> Any:
-    """The arrays of a weight; nothing is copied."""
-    scales, mask, none = weight.scales, weight.mask, np.empty(0, np.int32)
-    coded = scales if isinstance(scales, CodedScales) else None
-    survivors = _Survivors(np.empty((0, 0), np.int64), np.empty(0, np.int64))
-    if mask is not None:
-        survivors = _survivors(mask, weight.layout)
-    return _codes().Stored(
-        codes=weight.codes.numpy().reshape(-1),
-        table=segment_table(weight.layout, weight.out_features, _CPU).numpy(),
-        scales=np.empty((0, 0), np.int16) if isinstance(scales, CodedScales) else scales.numpy().view(np.int16),
-        scale_codes=none if coded is None else coded.codes.numpy(),
-        row_scales=np.empty(0, np.int16) if coded is None else coded.row.numpy().view(np.int16),
-        group_scales=np.empty(0, np.int16) if coded is None else coded.group.numpy().view(np.int16),
-        zeros=none if weight.zeros is None else weight.zeros.numpy(),
-        mask=np.empty((0, 0), np.int32) if mask is None else mask.numpy(),
-        starts=survivors.starts,
-        streams=survivors.streams,
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where the kernels find a weight, as long as its tensors are where they were; copies of a weight have none.
+
+    ``address`` is that of numbers that lead to all arrays; ``kept`` are those that would be gone otherwise.
+    """
+
+    tensors: tuple[Tensor, ...]
+    pointers: list[int]
+    version: int
+    address: int
+    rows: int
+    channels: int
+    kept: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+    def holds(self, mask: Tensor | None) -> bool:
+        """Whether the tensors are where they were, and the mask has not been written to."""
+        return self.pointers == [t.data_ptr() for t in self.tensors] and self.version == _version(mask)
+
+
+def _nothing() -> None:
+    """What a copy of addresses is."""
+
+
+def _stored(weight: PackedWeight) -> _Stored:
+    known: _Stored | None = weight.__dict__.get("_cpu")  # next to what cached properties keep
+    if known is None or not known.holds(weight.mask):
+        known = weight.__dict__["_cpu"] = _located(weight)
+    return known
+
+
+def _located(weight: PackedWeight) -> _Stored:
+    """Find the tensors of a weight; nothing is copied, unless it does not lie in one piece."""
+    parts = {name: part for name in _DTYPES if (part := weight.parts[name]) is not None}
+    for name, part in parts.items():
+        _check_here(name, part)
+        if part.dtype != _DTYPES[name]:
+            raise ValueError(f"Expected `{name}` of {_DTYPES[name]} but got {part.dtype}.")
+    arrays: dict[str, Any] = {name: part.contiguous() for name, part in parts.items()}
+    arrays["table"] = segment_table(weight.layout, weight.out_features, _CPU)
+    if weight.mask is not None:
+        survivors = _survivors(weight.mask, weight.layout)
+        arrays |= {"starts": torch.from_numpy(survivors.starts), "streams": torch.from_numpy(survivors.streams)}
+    fields = []
+    for name in _codes().FIELDS:
+        array = arrays.get(name)
+        fields += [0, 0] if array is None else [array.data_ptr(), array.numel()]
+    made = np.array([*fields, weight.out_features, weight.layout.in_features], np.int64)
+    tensors = tuple(parts.values())
+    return _Stored(
+        tensors=tensors,
+        pointers=[t.data_ptr() for t in tensors] if all(t.is_contiguous() for t in tensors) else [],
+        version=_version(weight.mask),
+        address=made.ctypes.data,
         rows=weight.out_features,
-        symmetric=weight.zeros is None,
+        channels=weight.layout.in_features,
+        kept=(made, arrays),
     )
+
+
+def _version(mask: Tensor | None) -> int:
+    """Changes when a checkpoint is loaded into a mask."""
+    return -1 if mask is None or mask.is_inference() else mask._version
 
 
 @dataclass(frozen=True)
@@ -174,7 +286,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as it li
 
 
 def _survivors(mask: Tensor, layout: Layout) -> _Survivors:
-    version = -1 if mask.is_inference() else mask._version  # changes when a checkpoint is loaded into the mask
+    version = _version(mask)
     known = _known.get(mask)
     if known is None or known[0] != version:
         known = _known[mask] = (version, _count(mask, layout))

@@ -1,259 +1,337 @@
 """Packed weights on the CPU, compiled by numba: times a few rows of activations, or expanded row by row.
 
-Lanes are rows of the weight. Activations become integers of 16 bits relative to the largest of their segment, in
-pairs; codes masked in place are pairs of 16 bits too, and one instruction multiplies and adds both, of eight rows.
-Sums of integers are exact, so scale and zero point are applied once per segment, and a result does not depend on how
-rows are shared out. A mask costs one more step: surviving codes are moved to their channels, as planes of 8 bits.
+Lanes are rows of the weight. Activations become integers of 16 bits relative to the largest of their segment, and one
+instruction multiplies four codes with them, or two. Sums of integers are exact, so scale and zero point are applied
+once per segment, and a result does not depend on how rows are shared out. A mask costs one more step: surviving codes
+are moved to their channels, as bytes, and what is pruned becomes the zero point, which adds nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mpfx.nn.kernels.cpu_codes import STRIDE, TILE, expand, half, inline, jit, load_grid, new_tile
-from mpfx.nn.kernels.cpu_lanes import LANES, products_1, products_2, products_4, products_8, shifted
-from mpfx.nn.layout import LEFT_OUT, RAW_BITS
+from mpfx.nn.kernels.cpu_codes import (
+    array,
+    codes_of,
+    inline,
+    is_left_out,
+    jit,
+    last_lanes,
+    load_grid,
+    new_grid,
+    new_tile,
+    raw_value,
+    stored,
+    whole_lanes,
+)
+from mpfx.nn.kernels.cpu_lanes import (
+    BYTES,
+    COUNT,
+    LANES,
+    PAIRS,
+    RECORD,
+    STRIDE,
+    TILE,
+    finish,
+    product_1,
+    product_2,
+    product_3,
+    product_4,
+    product_5,
+    product_6,
+    product_7,
+    product_8,
+    products_1,
+    products_2,
+    products_3,
+    products_4,
+    products_5,
+    products_6,
+    products_7,
+    products_8,
+    taken,
+    values_1,
+    values_2,
+    values_3,
+    values_4,
+    values_5,
+    values_6,
+    values_7,
+    values_8,
+)
+from mpfx.nn.layout import RAW_BITS
 
-_LARGEST = 32767.0
-
-
-class Activations(NamedTuple):
-    """Rows of activations, as :func:`activations` makes them.
-
-    ``values`` are float32 ``(count, segments * 32)``, in the weight's order; ``pairs`` are int32 ``(count, segments *
-    16)``, two integers each; an integer is worth ``units[row, segment]``, and ``sums`` are those of the integers.
-    """
-
-    values: NDArray[np.float32]
-    pairs: NDArray[np.int32]
-    units: NDArray[np.float32]
-    sums: NDArray[np.int32]
+_LARGEST = 32639.0  # so that the upper byte does not overflow when the lower one is negative
 
 
 @jit
-def activations(x: Any, order: Any, made: Any) -> None:
-    """Fill ``made`` with rows ``x``, float32 ``(count, in)``; channel ``order[k]`` meets channel k of the weight."""
-    integers = np.empty(32, np.int32)
+def multiply(fields: Any, x: Any, count: Any, order: Any, wide: Any, bias: Any, y: Any, task: Any, step: Any) -> None:
+    """Multiply ``count`` rows of activations with a weight, together with all threads that have the same ``task``.
+
+    Args:
+        fields: address of what :func:`mpfx.nn.kernels.cpu_codes.stored` takes.
+        x: address of float32 ``(count, in)``.
+        count: rows of activations.
+        order: address of the permutation, or 0: channel ``order[k]`` of ``x`` meets channel k of the weight.
+        wide: whether the permutation is of 32 bits, not 16.
+        bias: address of float32 ``(out,)``, or 0.
+        y: address of float32 ``(count, out)``.
+        task: address of the first row of the weight that no thread has taken.
+        step: rows to take, a multiple of a block.
+    """
+    weight = stored(fields)
+    first = taken(task, step)
+    if first >= weight.rows:
+        return
+    values = np.zeros((count, 32 * len(weight.table)), np.float32)
+    _load(array(x, (count, weight.channels), np.float32), order, wide, values)
+    records = _records(values)
+    out = array(y, (count, weight.rows), np.float32)
+    while first < weight.rows:
+        stop = min(first + step, weight.rows)
+        for n in range(count):
+            out[n, first:stop] = 0.0
+        if bias:
+            _set(array(bias, weight.rows, np.float32), first, stop, out)
+        for start in range(first, stop, TILE):
+            _multiply_tile(weight, values, records, start, min(start + TILE, stop), out)
+        first = taken(task, step)
+
+
+@jit
+def _set(bias: Any, first: Any, stop: Any, y: Any) -> None:
+    for n in range(len(y)):
+        y[n, first:stop] = bias[first:stop]
+
+
+@jit
+def _load(x: Any, order: Any, wide: Any, values: Any) -> None:
+    """Activations in the weight's order; the last segment stays filled up with zeros."""
     for n in range(len(x)):
-        for k in range(made.values.shape[1]):
-            made.values[n, k] = 0.0 if k >= x.shape[1] else x[n, order[k]] if len(order) else x[n, k]
-        for segment in range(made.units.shape[1]):
-            made.units[n, segment] = _to_integers(made.values[n, 32 * segment : 32 * segment + 32], integers)
-            made.sums[n, segment] = integers.sum()
-            for pair in range(16):
-                k = pair // 2 * 4 + pair % 2
-                made.pairs[n, 16 * segment + pair] = (integers[k] & 0xFFFF) | (integers[k + 2] << 16)
+        if order == 0:
+            values[n, : x.shape[1]] = x[n]
+        elif wide:
+            _gather(x[n], array(order, x.shape[1], np.int32), values[n])
+        else:
+            _gather(x[n], array(order, x.shape[1], np.uint16), values[n])
+
+
+@inline
+def _gather(x: Any, order: Any, values: Any) -> None:
+    for k in range(len(order)):
+        values[k] = x[order[k]]
+
+
+@jit
+def _records(values: Any) -> Any:
+    """Activations as the products take them, ``(segments, rows, words)``, rows filled up to what goes together."""
+    count, segments = len(values), values.shape[1] // 32
+    padded = count if count == 1 else -(-count // COUNT) * COUNT
+    records = np.zeros((segments, padded, RECORD), np.int32)
+    integers = np.empty(32, np.int32)
+    for segment in range(segments):
+        for n in range(count):
+            record = records[segment, n]
+            unit = _to_integers(values[n, 32 * segment : 32 * segment + 32], integers)
+            record[PAIRS : PAIRS + 1].view(np.float32)[0] = unit
+            record[PAIRS + 1] = integers.sum()
+            _to_pairs(integers, record)
+    return records
+
+
+@jit
+def _to_pairs(integers: Any, record: Any) -> None:
+    """Words that meet four codes: their upper and their lower bytes, or halves for codes 0 and 2, and 1 and 3."""
+    if BYTES:
+        bytes_of = record.view(np.int8)
+        for quad in range(8):
+            for k in range(4):
+                value = integers[4 * quad + k]
+                upper = (value + 128) >> 8
+                bytes_of[8 * quad + k] = upper
+                bytes_of[8 * quad + 4 + k] = value - (upper << 8)
+    else:
+        for pair in range(PAIRS):
+            k = pair // 2 * 4 + pair % 2
+            record[pair] = (integers[k] & 0xFFFF) | (integers[k + 2] << 16)
 
 
 @jit
 def _to_integers(values: Any, integers: Any) -> Any:
     """Round activations to integers; return what one of these is worth: NaN if an activation is not finite."""
-    largest = np.float32(0.0)
-    for value in values:
-        if not abs(value) <= largest:  # lets NaN through
-            largest = abs(value)
-        if np.isnan(largest):
-            break
+    bits, largest = values.view(np.int32), np.int32(0)
+    for k in range(32):  # compared as integers, which orders magnitudes and what is not finite as well
+        largest = max(largest, np.int32(bits[k] & np.int32(0x7FFFFFFF)))
     integers[:] = 0
-    if not 0.0 < largest < np.inf:
-        return largest * np.float32(0.0)
-    factor = _LARGEST / np.float64(largest)
+    if largest == 0 or largest >= 0x7F800000:
+        return np.float32(0.0 if largest == 0 else np.nan)
+    factor = _LARGEST / np.float64(np.int32(largest).view(np.float32))
     for k in range(32):
         integers[k] = np.int32(np.rint(values[k] * factor))
     return np.float32(1.0 / factor)
 
 
-@jit
-def multiply(weight: Any, x: Any, first: Any, last: Any, y: Any) -> None:
-    """Rows ``first .. last-1`` of a weight of at least 8 rows times activations: ``y[:, first : last]``.
-
-    ``first`` is a multiple of a block of rows, and there are at most as many as in a tile.
-    """
-    count, segments, masked = last - first, len(weight.table), len(weight.mask) > 0
+@inline
+def _multiply_tile(weight: Any, values: Any, records: Any, first: Any, stop: Any, y: Any) -> None:
+    """Add what rows ``first .. stop-1`` of a weight, from a block of rows on, make to ``y[:, first : stop]``."""
+    count, table = stop - first, weight.table
     tile = new_tile(weight, first, count)
-    totals = np.empty(LANES + -(-count // LANES) * LANES, np.int32)
-    kept = np.empty_like(totals)
-    sums = np.zeros((len(y), count), np.float32)  # of a grid, before its scale
-    # Arrays by names of their own: taken from the tuples in every turn, they would cost more than a segment does.
-    table, pairs, mask = weight.table, x.pairs.reshape(-1), weight.mask.reshape(-1)
-    zeros, scales, values, units, integers = tile.zeros, tile.scales, x.values, x.units, x.sums
-    words = tile.planes if masked else weight.codes
-    stride, there = (STRIDE, TILE) if masked else (weight.rows, weight.rows - first)
-    y[:, first:last] = 0.0
-    for segment in range(segments):
-        bits, grid = np.int64(table[segment, 0]), table[segment, 2]
-        if bits == LEFT_OUT:
+    sums = np.zeros((2, records.shape[1], STRIDE), np.float32)  # of a grid, before its scale, and of all
+    for segment in range(len(table)):
+        if is_left_out(table, segment):
             continue
-        at, width = table[segment, 1] * weight.rows + first, bits
-        if masked:
-            expand(weight, tile, segment, first)
-            at, width = 0, (bits if bits == RAW_BITS else np.int64(8))
-        if bits == RAW_BITS:
-            _add_raw(words, at, stride, values, segment, first, last, y)
+        if table[segment, 0] == RAW_BITS:
+            words, stride, _ = codes_of(weight, tile, segment, first, count)
+            _add_raw(array(words, 15 * (stride // 4) + count, np.int32), stride // 4, values, segment, count, sums[1])
             continue
-        if segment == 0 or table[segment - 1, 2] != grid:
-            load_grid(weight, tile, segment, first)
-            sums[:] = 0.0
-        for n in range(len(y)):
-            pair = (n * segments + segment) * 16
-            _products(words, at, stride, width, pairs, pair, there, totals)
-            if masked:
-                place = segment * weight.rows + first
-                _products(mask, place, weight.rows, np.int64(1), pairs, pair, weight.rows - first, kept)
-            else:
-                kept[:] = integers[n, segment]
-            _add_segment(totals, zeros, kept, units[n, segment], n, sums)
-        if segment + 1 == segments or table[segment + 1, 2] != grid:
-            _add_grid(sums, scales, first, y)
-
-
-@jit
-def _products(words: Any, at: Any, stride: Any, bits: Any, pairs: Any, pair: Any, there: Any, totals: Any) -> None:
-    """Sums of codes times integers, exact, of a row per element of ``totals`` behind its first eight.
-
-    No row beyond those that are ``there`` is read: the last eight may start earlier, hence the room in front.
-    """
-    for r in range(0, len(totals) - LANES, LANES):
-        row = min(r, there - LANES)
-        lane = row + LANES
-        place, low = at + row, 0
-        for k in range(LANES):
-            totals[lane + k] = 0
-        if bits & 8:
-            products_8(words, place, stride, pairs, pair, totals, lane, low)
-            place += 8 * stride
-            low += 8
-        if bits & 4:
-            products_4(words, place, stride, pairs, pair, totals, lane, low)
-            place += 4 * stride
-            low += 4
-        if bits & 2:
-            products_2(words, place, stride, pairs, pair, totals, lane, low)
-            place += 2 * stride
-            low += 2
-        if bits & 1:
-            products_1(words, place, stride, pairs, pair, totals, lane, low)
-
-
-@jit
-def _add_segment(totals: Any, zeros: Any, kept: Any, unit: Any, n: Any, sums: Any) -> None:
-    for r in range(sums.shape[1]):
-        total = np.int32(totals[r + LANES] - zeros[r] * kept[r + LANES])
-        sums[n, r] += np.float32(total) * unit
-
-
-@jit
-def _add_grid(sums: Any, scales: Any, first: Any, y: Any) -> None:
+        if new_grid(table, segment):
+            load_grid(weight, tile, segment, first, count)
+        words, stride, bits = codes_of(weight, tile, segment, first, count)
+        zeros, totals, x = tile.zeros.ctypes.data, sums.ctypes.data, records[segment].ctypes.data
+        for row in range(0, count, whole_lanes(count)):  # whole lanes, and what is left
+            groups = max((count - row) // LANES, 1)
+            if count - row < LANES:
+                words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
+            _products(words, stride, bits, x, zeros + row, totals + 4 * row, groups, records.shape[1])
+        if segment + 1 == len(table) or new_grid(table, segment + 1):
+            for n in range(len(y)):
+                finish(sums[0, n].ctypes.data, tile.scales.ctypes.data, sums[1, n].ctypes.data, -(-count // LANES))
     for n in range(len(y)):
-        for r in range(len(scales)):
-            y[n, first + r] += sums[n, r] * scales[r]
+        _add(sums[1, n], y[n, first:stop])
+
+
+@jit
+def _add(sums: Any, y: Any) -> None:
+    for r in range(len(y)):
+        y[r] += sums[r]
 
 
 @inline
-def _raw(words: Any, at: Any, stride: Any, channel: Any) -> Any:
-    """The weight of a raw channel in the row at ``at``."""
-    place, shift = at + channel // 4 * stride, channel % 4 * 8
-    low = shifted(words[place], shift) & 0xFF
-    high = shifted(words[place + 8 * stride], shift) & 0xFF
-    return half(np.int32(low | (high << 8)))
+def _products(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any, count: Any) -> None:
+    """Add the products of a segment's codes and all rows of activations to ``sums``, :data:`COUNT` rows at a time."""
+    if count == 1:
+        _product(words, stride, bits, x, zeros, sums, groups)
+    else:
+        for n in range(0, count, COUNT):
+            _products_together(words, stride, bits, x + 4 * RECORD * n, zeros, sums + 4 * STRIDE * n, groups)
+
+
+@inline
+def _product(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
+    if bits == 4:
+        product_4(words, stride, x, zeros, sums, groups)
+    elif bits == 3:
+        product_3(words, stride, x, zeros, sums, groups)
+    elif bits == 5:
+        product_5(words, stride, x, zeros, sums, groups)
+    elif bits == 2:
+        product_2(words, stride, x, zeros, sums, groups)
+    elif bits == 6:
+        product_6(words, stride, x, zeros, sums, groups)
+    elif bits == 8:
+        product_8(words, stride, x, zeros, sums, groups)
+    elif bits == 7:
+        product_7(words, stride, x, zeros, sums, groups)
+    else:
+        product_1(words, stride, x, zeros, sums, groups)
+
+
+@inline
+def _products_together(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
+    if bits == 4:
+        products_4(words, stride, x, zeros, sums, groups)
+    elif bits == 3:
+        products_3(words, stride, x, zeros, sums, groups)
+    elif bits == 5:
+        products_5(words, stride, x, zeros, sums, groups)
+    elif bits == 2:
+        products_2(words, stride, x, zeros, sums, groups)
+    elif bits == 6:
+        products_6(words, stride, x, zeros, sums, groups)
+    elif bits == 8:
+        products_8(words, stride, x, zeros, sums, groups)
+    elif bits == 7:
+        products_7(words, stride, x, zeros, sums, groups)
+    else:
+        products_1(words, stride, x, zeros, sums, groups)
 
 
 @jit
-def _add_raw(words: Any, at: Any, stride: Any, x: Any, segment: Any, first: Any, last: Any, y: Any) -> None:
-    for n in range(len(y)):
+def _add_raw(words: Any, stride: Any, x: Any, segment: Any, count: Any, y: Any) -> None:
+    for n in range(len(x)):
         for channel in range(32):
-            for r in range(last - first):
-                y[n, first + r] += _raw(words, at + r, stride, channel) * x[n, 32 * segment + channel]
+            for r in range(count):
+                y[n, r] += raw_value(words, stride, channel, r) * x[n, 32 * segment + channel]
 
 
 @jit
-def dequantize(weight: Any, first: Any, last: Any, out: Any, column: Any) -> None:
-    """Rows ``first .. last-1`` of a weight in float32, channels first, to the columns of ``out`` from one on.
+def dequantize(fields: Any, begin: Any, end: Any, out: Any, width: Any, task: Any, step: Any) -> None:
+    """Rows ``begin .. end-1`` of a weight in float32, channels first, together with all threads of the same ``task``.
 
-    ``first`` is a multiple of a block of rows, and there are at most as many as in a tile.
+    Args:
+        fields: address of what :func:`mpfx.nn.kernels.cpu_codes.stored` takes.
+        begin: a multiple of a block of rows.
+        end: of the rows.
+        out: address of float32 ``(channels, width)``, channels in whole segments.
+        width: at least the rows, in whole lanes.
+        task: address of the first row of the weight that no thread has taken.
+        step: rows to take, a multiple of a block and at most as many as in a tile.
     """
-    tile, masked = new_tile(weight, first, last - first), len(weight.mask) > 0
-    words = tile.planes if masked else weight.codes
-    stride = STRIDE if masked else weight.rows
-    for segment in range(len(weight.table)):
-        bits, grid = np.int64(weight.table[segment, 0]), weight.table[segment, 2]
-        part = out[32 * segment : 32 * segment + 32]
-        if bits == LEFT_OUT:
-            part[:, column : column + last - first] = 0.0
+    weight = stored(fields)
+    first = taken(task, step)
+    while first < end:
+        _dequantize_tile(weight, first, min(first + step, end), out + 4 * (first - begin), width)
+        first = taken(task, step)
+
+
+@inline
+def _dequantize_tile(weight: Any, first: Any, stop: Any, out: Any, width: Any) -> None:
+    count, table = stop - first, weight.table
+    tile = new_tile(weight, first, count)
+    for segment in range(len(table)):
+        part = out + 4 * 32 * segment * width
+        if is_left_out(table, segment) or table[segment, 0] == RAW_BITS:
+            _raw_or_zero(weight, tile, segment, first, count, array(part, 31 * width + count, np.float32), width)
             continue
-        at, width = weight.table[segment, 1] * weight.rows + first, bits
-        if masked:
-            expand(weight, tile, segment, first)
-            at, width = 0, (bits if bits == RAW_BITS else np.int64(8))
-        if bits == RAW_BITS:
-            for channel in range(32):
-                for r in range(last - first):
-                    part[channel, column + r] = _raw(words, at + r, stride, channel)
-            continue
-        if segment == 0 or weight.table[segment - 1, 2] != grid:
-            load_grid(weight, tile, segment, first)
-        _codes(words, at, stride, width, part, column, last - first)
-        _to_values(tile.zeros, tile.scales, part, column)
-        if masked:
-            _leave_out(weight.mask[segment, first:last], part, column)
+        if new_grid(table, segment):
+            load_grid(weight, tile, segment, first, count)
+        words, stride, bits = codes_of(weight, tile, segment, first, count)
+        zeros, scales = tile.zeros.ctypes.data, tile.scales.ctypes.data
+        for row in range(0, count, whole_lanes(count)):
+            groups = max((count - row) // LANES, 1)
+            if count - row < LANES:
+                words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
+            _values(words, stride, bits, zeros + row, scales + 4 * row, part + 4 * row, 4 * width, groups)
+
+
+@jit
+def _raw_or_zero(weight: Any, tile: Any, segment: Any, first: Any, count: Any, out: Any, width: Any) -> None:
+    if is_left_out(weight.table, segment):
+        for channel in range(32):
+            out[channel * width : channel * width + count] = 0.0
+        return
+    words, stride, _ = codes_of(weight, tile, segment, first, count)
+    codes = array(words, 15 * (stride // 4) + count, np.int32)
+    for channel in range(32):
+        for r in range(count):
+            out[channel * width + r] = raw_value(codes, stride // 4, channel, r)
 
 
 @inline
-def _codes_of_plane(words: Any, at: Any, stride: Any, low: Any, size: Any, part: Any, column: Any, rows: Any) -> None:
-    for channel in range(32):
-        code = channel % (32 // size)
-        place, shift = at + channel // (32 // size) * stride, code % 4 * 8 + code // 4 * size
-        _add_field(words[place : place + rows], shift, size, low, part[channel, column : column + rows])
-
-
-@jit
-def _add_field(words: Any, shift: Any, size: Any, low: Any, out: Any) -> None:
-    mask, add = (1 << size) - 1, low > 0
-    worth = np.float32(1 << low)
-    for r in range(len(out)):  # slices, not offsets: an index that may be negative is not computed for several rows
-        code = np.float32(np.int32(shifted(words[r], shift) & mask)) * worth
-        out[r] = out[r] + code if add else code
-
-
-@jit
-def _codes(words: Any, at: Any, stride: Any, bits: Any, part: Any, column: Any, rows: Any) -> None:
-    low = 0
-    if bits & 8:
-        _codes_of_plane(words, at, stride, low, 8, part, column, rows)
-        at += 8 * stride
-        low += 8
-    if bits & 4:
-        _codes_of_plane(words, at, stride, low, 4, part, column, rows)
-        at += 4 * stride
-        low += 4
-    if bits & 2:
-        _codes_of_plane(words, at, stride, low, 2, part, column, rows)
-        at += 2 * stride
-        low += 2
-    if bits & 1:
-        _codes_of_plane(words, at, stride, low, 1, part, column, rows)
-
-
-@inline
-def _to_values(zeros: Any, scales: Any, part: Any, column: Any) -> None:
-    for channel in range(32):
-        _scale(zeros, scales, part[channel, column : column + len(zeros)])
-
-
-@jit
-def _scale(zeros: Any, scales: Any, out: Any) -> None:
-    for r in range(len(out)):
-        out[r] = (out[r] - np.float32(zeros[r])) * scales[r]
-
-
-@inline
-def _leave_out(mask: Any, part: Any, column: Any) -> None:
-    for channel in range(32):
-        _zero_where(mask, channel % 4 * 8 + channel // 4, part[channel, column : column + len(mask)])
-
-
-@jit
-def _zero_where(mask: Any, shift: Any, out: Any) -> None:
-    for r in range(len(out)):
-        out[r] = out[r] if shifted(mask[r], shift) & 1 else np.float32(0.0)
+def _values(words: Any, stride: Any, bits: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any) -> None:
+    if bits == 4:
+        values_4(words, stride, zeros, scales, out, step, groups)
+    elif bits == 3:
+        values_3(words, stride, zeros, scales, out, step, groups)
+    elif bits == 5:
+        values_5(words, stride, zeros, scales, out, step, groups)
+    elif bits == 2:
+        values_2(words, stride, zeros, scales, out, step, groups)
+    elif bits == 6:
+        values_6(words, stride, zeros, scales, out, step, groups)
+    elif bits == 8:
+        values_8(words, stride, zeros, scales, out, step, groups)
+    elif bits == 7:
+        values_7(words, stride, zeros, scales, out, step, groups)
+    else:
+        values_1(words, stride, zeros, scales, out, step, groups)

@@ -1,16 +1,26 @@
 """The CPU kernels against the eager reference in float64, by relative error; and that they are deterministic."""
 
+import copy
 import dataclasses
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mpfx.nn import CodedScales, Layout, PackedWeight, QuantizedWeight, pack, unpack
+from mpfx.nn import CodedScales, Layout, MixedPrecisionLinear, PackedWeight, QuantizedWeight, pack, unpack
 from mpfx.nn.kernels import cpu
 from mpfx.nn.kernels.cpu import cpu_linear
+from mpfx.nn.packing import PARTS
 
 ROUNDED, EXACT = 1e-4, 2e-6  # of the result's norm: activations of 16 bits up to eight rows, float32 beyond
 MIXED = (8, 7, 6, 5, 4, 3, 2, 1, 0, 16)
@@ -196,3 +206,95 @@ def test_what_is_not_finite_does_not_get_lost(value: float) -> None:
     x[0, 5] = value
     assert not cpu_linear(x, weight, None).isfinite().any()
     assert torch.equal(cpu_linear(torch.zeros(1, 64), weight, None), torch.zeros(1, 40))
+
+
+@needs_numba
+@pytest.mark.parametrize("features", ["", "+avx,+avx2,+bmi,+bmi2"], ids=["none", "avx2"])
+def test_other_processors(features: str) -> None:
+    """Numba compiles for a processor that lacks what this one may have; a process of its own, as numba asks once."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    command = [sys.executable, "-c", "import test_cpu; test_cpu.check_other_processor()"]
+    subprocess.run(command, env=environment, cwd=Path(__file__).parent, check=True)
+
+
+def check_other_processor() -> None:
+    from mpfx.nn.kernels import cpu_lanes
+
+    assert not cpu_lanes.BYTES
+    assert not cpu_lanes.MOVES
+    layout = Layout(330, (*MIXED, 4), 64)
+    for density in (1.0, 0.5):
+        weight = random_weight(layout, 75, density=density)
+        for count in (1, 3, 20):
+            x = activations(count, 330)
+            assert error(cpu_linear(x, weight, None), x, weight) < (ROUNDED if count <= 8 else EXACT)
+
+
+@needs_numba
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_addresses_follow_the_tensors(density: float) -> None:
+    layout, x = Layout(128, (4, 4, 3, 3), 64), activations(1, 128)
+    weight, other = (random_weight(layout, 80, density=d) for d in (density, density / 2 if density < 1 else 1.0))
+    module = MixedPrecisionLinear(weight)
+    before = module(x)
+    assert error(before, x, weight) < ROUNDED
+    copied, loaded = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for name in PARTS:  # the original's memory is someone else's then
+        if (part := getattr(module, name)) is not None:
+            part.zero_()
+    assert torch.equal(copied(x), before)
+    assert torch.equal(loaded(x), before)
+    copied.share_memory()  # the same tensors, elsewhere
+    assert torch.equal(copied(x), before)
+    for name, part in other.parts.items():
+        setattr(module, name, None if part is None else part.clone())
+    assert error(module(x), x, other) < ROUNDED
+
+
+@needs_numba
+def test_nothing_keeps_a_weight() -> None:
+    module = MixedPrecisionLinear(random_weight(Layout(64, (4, 4), 64), 40, density=0.5))
+    module(activations(1, 64))
+    codes = weakref.ref(module.codes)
+    del module
+    gc.collect()
+    assert codes() is None
+
+
+@needs_numba
+def test_calls_from_several_threads() -> None:
+    weight, x = random_weight(Layout(2048, (4, 3) * 32, 64), 3000), activations(1, 2048)
+    torch.set_num_threads(2)
+    expected = cpu_linear(x, weight, None)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: cpu_linear(x, weight, None), range(40)))
+    assert all(torch.equal(expected, result) for result in results)
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_has_threads_of_its_own() -> None:
+    weight, x = random_weight(Layout(2048, (4, 3) * 32, 64), 3000), activations(1, 2048)
+    torch.set_num_threads(2)
+    expected = cpu_linear(x, weight, None)
+    if not (child := os.fork()):
+        os._exit(0 if torch.equal(cpu_linear(x, weight, None), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_numba
+def test_arguments_that_do_not_fit() -> None:
+    weight = random_weight(Layout(64, (4, 4), 64), 40)
+    x, order = activations(1, 64), torch.arange(63)
+    for arguments, message in (
+        ((x[:, :63], weight, None), "`x` of 64 channels but got 63"),
+        ((x, weight, order), "`permutation` of 64 channels but got 63"),
+        ((x, weight, None, torch.zeros(41)), "`bias` of 40 rows but got 41"),
+        ((x, dataclasses.replace(weight, codes=weight.codes.long()), None), "`codes` of torch.int32"),
+        ((x, dataclasses.replace(weight, codes=weight.codes.to("meta")), None), "`codes` on the CPU"),
+        ((x, weight, torch.arange(64, device="meta")), "`permutation` on the CPU"),
+        ((x, weight, None, torch.zeros(40, device="meta")), "`bias` on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu_linear(*arguments)

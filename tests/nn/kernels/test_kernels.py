@@ -59,6 +59,14 @@ def test_gradients_reach_input_and_bias() -> None:
     close(packed.bias.grad, bias.grad)
 
 
+def test_a_bias_has_a_gradient_though_the_input_has_none() -> None:
+    packed = module()
+    packed(inputs(3, 200)).sum().backward()
+    assert packed.bias is not None
+    assert packed.bias.grad is not None
+    close(packed.bias.grad, torch.full((24,), 3.0))
+
+
 def test_compilers_take_it_as_it_is() -> None:
     packed, x = module(), inputs(4, 200)
     with torch.no_grad():
