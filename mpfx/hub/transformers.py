@@ -37,6 +37,8 @@ from mpfx.hub.manifest import (
 )
 from mpfx.hub.saving import savable
 from mpfx.hub.weights import Weights
+from mpfx.nn import MixedPrecisionLinear
+from mpfx.nn.experts import PackedExperts
 
 
 @register_quantization_config(FORMAT)
@@ -82,6 +84,7 @@ class MpfxQuantizer(HfQuantizer):
         self._sites: dict[str, Packed] = {}
         self._orders: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
+        self._compileable = False  # until there is a model
 
     def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> list[Any]:
         """No conversion: the file has the names and shapes of the model itself."""
@@ -105,11 +108,19 @@ class MpfxQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile with a static cache: packed products are one operator of known shapes.
+        """Whether ``generate`` may compile a step when it uses a static cache."""
+        return self._compileable
 
-        Experts are not: which of them run depends on the tokens.
+    def look_at(self, model: nn.Module) -> None:
+        """Find out whether the packed modules of a model can be compiled.
+
+        ``generate`` makes CUDA graphs of what it compiles. Those can hold ``mpfx::linear``, but no weight with a
+        bitmask, whose unpacking waits to know how many codes there are, and no experts, of which other ones run for
+        other tokens.
         """
-        return not vars(self.quantization_config).get("experts")
+        modules = list(model.modules())
+        masked = any(isinstance(module, MixedPrecisionLinear) and module.mask is not None for module in modules)
+        self._compileable = not masked and not any(isinstance(module, PackedExperts) for module in modules)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         files = _weights_files(kwargs.get("checkpoint_files"))
@@ -155,6 +166,7 @@ class MpfxQuantizer(HfQuantizer):
         for name, original in _tied_buffers(model, manifest).items():
             set_buffer(model, name, model.get_buffer(original))
         self._sites, self._orders, self._buffers = {}, {}, {}
+        self.look_at(model)
         return model
 
     def _hand_out_orders(self) -> None:
@@ -175,7 +187,9 @@ def adopt(model: nn.Module, manifest: Manifest) -> None:
     if isinstance(model, PreTrainedModel):
         config = MpfxConfig(**manifest.quantization_config())
         model.config.quantization_config = config
-        model.hf_quantizer = MpfxQuantizer(config)  # type: ignore[assignment]
+        quantizer = MpfxQuantizer(config)
+        quantizer.look_at(model)
+        model.hf_quantizer = quantizer  # type: ignore[assignment]
         model._weight_conversions = []  # type: ignore[assignment]
 
 

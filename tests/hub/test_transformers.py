@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    CompileConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -513,9 +514,15 @@ def test_a_static_cache_generates_the_same(tmp_path: Path) -> None:
     assert len(set(tokens[:, 5:].flatten().tolist())) > 3
 
 
-def test_experts_are_not_compiled(tmp_path: Path) -> None:
-    mpfx.save(PACKED["Mixtral"](), tmp_path)
-    assert not from_pretrained(tmp_path).hf_quantizer.is_compileable
+@pytest.mark.parametrize("load", [from_pretrained, mpfx.load])
+def test_what_no_graph_can_hold_is_not_compiled(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """A bitmask, which all layers of ``llama`` have, and experts."""
+    models = {"plain": compressed_llama(), "masked": PACKED["llama"](), "experts": PACKED["Mixtral"]()}
+    found = {}
+    for name, model in models.items():
+        mpfx.save(model, tmp_path / name)
+        found[name] = load(tmp_path / name).hf_quantizer.is_compileable
+    assert found == {"plain": True, "masked": False, "experts": False}
 
 
 def test_packed_models_compile_as_one_graph() -> None:
@@ -535,6 +542,27 @@ def test_packed_models_compile_as_one_graph() -> None:
         assert torch.allclose(found, model(ids(6)[:1]).logits[:, -1:], atol=1e-3)
     assert len(graphs) == 1
     assert str(graphs[0].code).count("mpfx.linear") == 3 * 7
+    torch._dynamo.reset()
+
+
+def test_generate_compiles_where_it_is_told_to(tmp_path: Path) -> None:
+    """By default it does so on CUDA devices alone."""
+    mpfx.save(compressed_llama(), tmp_path)
+    loaded = from_pretrained(tmp_path)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any, **options: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, fullgraph=True)
+    config._compile_all_devices = True  # type: ignore[assignment]
+    tokens = loaded.generate(ids(5), **STATIC)
+    assert torch.equal(loaded.generate(ids(5), **STATIC, cache_implementation="static"), tokens)
+    assert not graphs
+    options = {**STATIC, "cache_implementation": "static", "compile_config": config}
+    assert torch.equal(loaded.generate(ids(5), **options), tokens)
+    assert graphs
     torch._dynamo.reset()
 
 
