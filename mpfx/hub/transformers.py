@@ -115,8 +115,7 @@ class MpfxQuantizer(HfQuantizer):
         """Find out whether the packed modules of a model can be compiled.
 
         ``generate`` makes CUDA graphs of what it compiles. Those can hold ``mpfx::linear``, but no weight with a
-        bitmask, whose unpacking waits to know how many codes there are, and no experts, of which other ones run for
-        other tokens.
+        bitmask, whose codes are counted at its first call, and no experts, of which other ones run for other tokens.
         """
         modules = list(model.modules())
         masked = any(isinstance(module, MixedPrecisionLinear) and module.mask is not None for module in modules)
