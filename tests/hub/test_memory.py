@@ -58,7 +58,12 @@ print("peak", memory("VmHWM") - before)
 
 def save(folder: Path, hidden: int, inner: int, layers: int) -> None:
     """A Llama with masks in every packed layer and a tokenizer."""
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": WORDS}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "vocab_size": WORDS,
+    }
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=hidden // 64, tie_word_embeddings=True))
     dense = {

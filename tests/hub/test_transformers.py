@@ -486,3 +486,13 @@ def llama_choice(model: Any, question: str, answer: str) -> float:
     words = torch.tensor([[int(word[1:]) for word in (*question.split(), answer)]])
     logits: Tensor = model(words).logits
     return float(logits[0, -2].log_softmax(-1)[words[0, -1]])
+
+
+def test_shards_outside_of_the_folder_are_refused(llama: Any, tmp_path: Path) -> None:
+    mpfx.save(llama, tmp_path / "model", max_shard_size=20_000)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    shard.rename(tmp_path / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    with pytest.raises(CheckpointError, match="expected all weights in this folder but got"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
