@@ -91,7 +91,7 @@ def _outline(folder: Path, manifest: Manifest, header: Header) -> nn.Module:
         _check_layers(parse_json(folder / CONFIG, (folder / CONFIG).read_bytes()), most)
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         vars(config).pop(QUANTIZATION, None)  # the manifest says it
-        with torch.device("meta"), _at_most(2 * most):  # twice: some modules register a parameter again
+        with torch.device("meta"), _at_most(100 + 2 * most):  # some register a parameter again
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
