@@ -24,6 +24,7 @@ from mpfx.session import (
     Session,
     allocation_report,
     check_length,
+    check_output,
     measured,
     measured_domains,
     sizes,
@@ -41,7 +42,7 @@ def compress(config: RunConfig) -> Report:
         ValueError: for a model, text or size that cannot be had, before anything is written.
         FileNotFoundError: likewise.
     """
-    check_output(Path(config.output))
+    check_output(Path(config.output), is_checkpoint)
     if is_checkpoint(config.model):
         raise ValueError(f"Expected `model` to be a dense model but {config.model!r} is compressed already.")
     started = time.perf_counter()
@@ -121,20 +122,6 @@ def _open(model: str, trust_remote_code: bool) -> Source:
     if not usable:
         raise ValueError(f"{model}: {_NO_TOKENIZER}")
     return Source(model=loaded, tokenizer=tokenizer, name=model)
-
-
-def check_output(folder: Path) -> None:
-    """Refuse to write where something else lies."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"Expected `output` to be a folder but {str(there)!r} is a file.")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"Expected `output` to be a folder that can be written but {str(there)!r} cannot.")
-    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
-        raise ValueError(
-            f"Expected `output` to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds "
-            "other files."
-        )
 
 
 def _notes(config: RunConfig, solved: tuple[SolvedGroup, ...], allocation: AllocationReport | None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpfx.config import RunConfig, parse_run
 from mpfx.report import Line, plot_sizes
-from mpfx.session import SHARED, Result, Session
+from mpfx.session import SHARED, Result, Session, check_output
 
 SIZES = ("bits_per_weight", "code_bits")
 """Fields of which exactly one is given: setting one unsets the other."""
@@ -191,19 +191,17 @@ def save_search(data: Mapping[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
-def check_folder(folder: Path, name: str) -> None:
+def results_folder(folder: Path, name: str) -> None:
     """Make a folder for results; refuse one that holds other things than an earlier search's.
+
+    Args:
+        folder: to make.
+        name: of the file that tells an earlier search's folder.
 
     Raises:
         ValueError: naming the folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected `output` to be a folder but {str(folder)!r} is a file.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / name).is_file():
-        raise ValueError(
-            f"Expected `output` to be a new or empty folder, or one with an earlier {name}, but {str(folder)!r} holds "
-            "other files: name another one with --output."
-        )
+    check_output(folder, lambda there: (there / name).is_file())
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -214,7 +212,7 @@ def sweep(base: Mapping[str, Any], vary: Sequence[Sequence[str]], output: Path, 
         ValueError: for a field, value, model, text or folder that will not do, before anything runs.
     """
     variants = combinations(base, vary)
-    check_folder(output, "sweep.json")
+    results_folder(output, "sweep.json")
     return run_all(variants, also, lambda search: save_search(search.to_json(), output / "sweep.json"))
 
 

@@ -1,9 +1,11 @@
 """A model and its texts, loaded once: measured, calibrated once, and compressed in as many ways as wanted."""
 
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,6 +197,28 @@ class Session:
 def trainer_of(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Trainer:
     """A Trainer for validation loops."""
     return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress)
+
+
+def check_output(folder: Path, earlier: Callable[[Path], bool]) -> None:
+    """Refuse to write where something else lies, before anything runs.
+
+    Args:
+        folder: to write to; made by who writes.
+        earlier: whether a folder is one of an earlier run, whose files may be replaced.
+
+    Raises:
+        ValueError: naming the folder, and what is wrong with it.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"Expected `output` to be a folder but {str(there)!r} is a file.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"Expected `output` to be a folder that can be written but {str(there)!r} cannot.")
+    if folder.is_dir() and any(folder.iterdir()) and not earlier(folder):
+        raise ValueError(
+            f"Expected `output` to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds "
+            "other files: name another one with --output."
+        )
 
 
 def check_length(source: Source, **lengths: int) -> None:

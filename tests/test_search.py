@@ -17,7 +17,7 @@ from mpfx.bench.quality import plot as plot_bench
 from mpfx.cli import main
 from mpfx.config import RunConfig, parse_run
 from mpfx.lm import EvaluationData
-from mpfx.search import Outcome, Search, Variant, check_folder, combinations, variant
+from mpfx.search import Outcome, Search, Variant, combinations, results_folder, variant
 from mpfx.session import Result, Session
 
 WORDS = [f"w{i}" for i in range(80)]
@@ -170,9 +170,9 @@ def test_a_sweep_refuses_wrong_input(fields: dict[str, Any], tmp_path: Path, cap
     assert "nope" in capfd.readouterr().err
     assert main([*arguments, "--vary", "bits_per_weight", "3"]) == 2
     assert "holds other files" in capfd.readouterr().err.replace("\n", " ")
-    check_folder(tmp_path / "new", "sweep.json")
+    results_folder(tmp_path / "new", "sweep.json")
     with pytest.raises(ValueError, match="is a file"):
-        check_folder(tmp_path / "c.yaml", "sweep.json")
+        results_folder(tmp_path / "c.yaml", "sweep.json")
 
 
 def test_the_bench(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from mpfx.search import (
     HEAD,
     Outcome,
     Search,
-    check_folder,
     result_cells,
+    results_folder,
     run_all,
     save_search,
     short,
@@ -121,7 +121,7 @@ def bench(
     Raises:
         ValueError: for a model, text or folder that will not do, before anything runs.
     """
-    check_folder(output, "bench.json")
+    results_folder(output, "bench.json")
     sizes: list[tuple[BenchRow, dict[str, Any]]] = []
     for row in rows:
         sizes += [(row, {"bits_per_weight": b}) for b in bits] if row.sized else [(row, {})]

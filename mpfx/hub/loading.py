@@ -4,9 +4,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mpfx.graph import is_linear, linear_weight
 from mpfx.hub.contents import Packed, check_order, dense_tensors, paths_of
@@ -23,6 +26,7 @@ from mpfx.hub.manifest import (
     SiteEntry,
     StackEntry,
     inside,
+    parse_json,
     read_manifest,
 )
 from mpfx.hub.weights import Weights, open_weights
@@ -50,8 +54,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     manifest = read_manifest(folder)
     with open_weights(folder) as weights:
         check_header(manifest, weights.header)
-        skeleton = _skeleton(folder, manifest) if model is None else model
-        paths = check_model(skeleton, manifest, weights.header)
+        outline = _outline(folder, manifest, weights.header) if model is None else model
+        paths = check_model(outline, manifest, weights.header)
+        skeleton = _skeleton(folder, outline) if model is None else model
         packed = packed_modules(manifest, weights.header, weights.read)
         state = _read_dense(weights, manifest)
     modules = replacements(skeleton, paths, packed, manifest)
@@ -71,15 +76,43 @@ def _adopt(model: nn.Module, manifest: Manifest) -> None:
     adopt(model, manifest)
 
 
-def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
+def _outline(folder: Path, manifest: Manifest, header: Header) -> nn.Module:
+    """The model of a folder's config, wholly on the meta device: whatever sizes that names, nothing is allocated."""
     if manifest.library != "transformers":
         raise CheckpointError(
             f"{folder} holds a module that is not from transformers: build it and call mpfx.load(path, model=...)."
         )
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} holds no {CONFIG}, which a model from transformers is built from.")
+    with _named_build(folder):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        most = len(header) + len(manifest.tied)
+        _check_layers(parse_json(folder / CONFIG, (folder / CONFIG).read_bytes()), most)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        vars(config).pop(QUANTIZATION, None)  # the manifest says it
+        with torch.device("meta"), _at_most(100 + 2 * most):  # some register a parameter again
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _skeleton(folder: Path, outline: Any) -> nn.Module:
+    """The same model, with values for the buffers that no file holds (rotary tables), which are computed."""
+    with _named_build(folder):
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(outline.config, trust_remote_code=False)
+        if (folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def _named_build(folder: Path) -> Iterator[None]:
     try:
-        return _build(folder)
+        yield
     except Exception as error:  # model code raises whatever an odd config makes it stumble over
         raise CheckpointError(
             f"{folder}: no model can be built from its {CONFIG} and {GENERATION}: {type(error).__name__}: {error} "
@@ -87,17 +120,33 @@ def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
         ) from error
 
 
-def _build(folder: Path) -> nn.Module:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def _check_layers(config: Any, most: int) -> None:
+    """Check how many layers a config asks for: already a list of their kinds could fill the memory."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    vars(config).pop(QUANTIZATION, None)  # the manifest says it
-    with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary tables) are computed for real
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)  # type: ignore[assignment]
-    return model
+    name = "num_hidden_layers"
+    for key in (name, CONFIG_MAPPING[config["model_type"]].attribute_map.get(name)):
+        layers = config.get(key, 0)
+        if isinstance(layers, int | float) and not layers <= most:
+            raise ValueError(f"Expected `{key}` to be at most {most}, the number of stored tensors, but got {layers}.")
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Stop building a model that has more parameters than its checkpoint could hold."""
+    thread, found = get_ident(), 0
+
+    def check(*_: object) -> None:
+        nonlocal found
+        found += get_ident() == thread
+        if found > count and get_ident() == thread:
+            raise ValueError(f"Expected a model of at most {count} parameters, as the weights have no more.")
+
+    handle = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_model(skeleton: nn.Module, manifest: Manifest, header: Header) -> dict[str, str]:

@@ -12,7 +12,7 @@ there. A folder in which the two differ is refused; where ``mpfx.json`` is lacki
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +197,13 @@ def read_config(folder: Path) -> Manifest | None:
         CheckpointError: if it is not what this version writes.
     """
     found = _quantization(folder)
-    return None if found is None else replace(parse_config(found), folder=folder)
+    return None if found is None else parse_config(found, folder)
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError):  # none, or none that can be read: transformers says so in its own words
+        config = parse_json(folder / CONFIG, (folder / CONFIG).read_bytes())
+    except (OSError, CheckpointError):  # none, or none that can be read: building the model will say so
         return None
     found = config.get(QUANTIZATION) if isinstance(config, dict) else None
     return found if isinstance(found, dict) and found.get("quant_method") == FORMAT else None
@@ -229,21 +229,37 @@ def parse_manifest(folder: Path, text: str | bytes) -> Manifest:
     Raises:
         CheckpointError: if it is not one that this version writes.
     """
-    try:
-        data = json.loads(text if isinstance(text, str) else text.decode())
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is not a manifest of mpfx: {error}.") from error
-    return _manifest(folder, MANIFEST, data)
+    return _manifest(folder, MANIFEST, parse_json(folder / MANIFEST, text))
 
 
-def parse_config(found: Mapping[str, Any]) -> Manifest:
-    """Check the ``quantization_config`` of a ``config.json``, wherever that file is.
+def parse_config(found: Mapping[str, Any], folder: Path = Path()) -> Manifest:
+    """Check the ``quantization_config`` of a ``config.json``.
+
+    Args:
+        found: by the names of its fields.
+        folder: of the file; left out where it is not known.
 
     Raises:
         CheckpointError: if it is not one that this version writes.
     """
     rest = {name: value for name, value in found.items() if name != "quant_method"}
-    return _manifest(Path(), CONFIG, {**rest, "format": found.get("quant_method"), "library": "transformers"})
+    return _manifest(folder, CONFIG, {**rest, "format": found.get("quant_method"), "library": "transformers"})
+
+
+def parse_json(path: Path, text: str | bytes) -> Any:
+    """The data of a JSON file.
+
+    Args:
+        path: of the file, for the error.
+        text: of the file.
+
+    Raises:
+        CheckpointError: if it is no JSON in UTF-8, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, it holds no JSON that can be read: {error}.") from error
 
 
 def _manifest(folder: Path, file: str, data: Any) -> Manifest:

@@ -9,7 +9,6 @@ transformers puts every tensor of the file where its name says. What a file name
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class MpfxConfig(QuantizationConfigMixin):
 
     def manifest(self, folder: Path) -> Manifest:
         """The same as the manifest of a folder."""
-        return replace(parse_config(vars(self)), folder=folder)
+        return parse_config(vars(self), folder)
 
     def __repr__(self) -> str:
         fields: dict[str, Any] = vars(self)
@@ -198,7 +197,10 @@ def _weights_files(files: Sequence[str] | None) -> list[Path]:
             f"Expected the weights of an mpfx checkpoint to be .safetensors files but got {files or 'none'}: name the "
             "folder that mpfx.save wrote, or its name on the Hub."
         )
-    return [Path(file) for file in files]
+    paths = [Path(file) for file in files]
+    if strange := [str(path) for path in paths if path.parent != paths[0].parent]:
+        raise CheckpointError(f"{paths[0].parent}: expected all weights in this folder but got {strange[:5]}.")
+    return paths
 
 
 def _outline(weights: Weights) -> Any:

@@ -3,7 +3,6 @@
 They may come from anywhere: whatever is odd in them raises :class:`CheckpointError`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpfx.hub.header import TensorInfo, read_header
-from mpfx.hub.manifest import INDEX, WEIGHTS, CheckpointError
+from mpfx.hub.manifest import INDEX, WEIGHTS, CheckpointError, parse_json
 
 
 class Weights:
@@ -94,19 +93,20 @@ def open_weights(folder: Path) -> Weights:
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}.")
     try:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} holds no {path.name}.")
         return safe_open(str(path), framework="pt", device="cpu")
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise CheckpointError(f"{path} cannot be opened: {error}.") from error
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    data = parse_json(path, path.read_bytes())
     found = data.get("weight_map") if isinstance(data, dict) else None
     if not (isinstance(found, dict) and found and all(_is_shard(name) for name in found.values())):
         raise CheckpointError(

@@ -333,7 +333,7 @@ def test_the_files_are_checked_before_a_model_is_built(
     packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mpfx.save(packed, tmp_path)
-    monkeypatch.setattr(loading, "_skeleton", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(loading, "_outline", lambda *_: pytest.fail("built"))
     edit_weights(tmp_path, added("model.layers.0.mlp.up_proj.junk", torch.zeros(1)))
     with pytest.raises(CheckpointError, match=r"up_proj\.junk"):
         mpfx.load(tmp_path)
@@ -363,6 +363,25 @@ def test_a_config_of_other_sizes_is_refused(packed: Any, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        mpfx.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 2**31}, "Expected `num_hidden_layers` to be at most"),
+        ({"num_hidden_layers": 60}, "Expected a model of at most .* parameters"),
+        ({"head_dim": 2**33}, "expected the layer's sizes"),
+    ],
+)
+def test_a_config_of_hostile_sizes_allocates_nothing(
+    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], message: str
+) -> None:
+    mpfx.save(packed, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
+    monkeypatch.setattr(loading, "_skeleton", lambda *_: pytest.fail("built"))
+    with pytest.raises(CheckpointError, match=message):
         mpfx.load(tmp_path)
 
 

@@ -72,7 +72,13 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, change: Change, message: 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"{", "not a manifest"), (b"\xff\xfe", "not a manifest"), (b"[1]", "not a manifest"), (b"", "not a manifest")],
+    [
+        (b"{", "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[1]", "not a manifest"),
+        (b"", "is damaged"),
+        (b"[" * 99999, "is damaged"),
+    ],
 )
 def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
     mpfx.save(own(), tmp_path)

@@ -33,7 +33,7 @@ from mpfx.hub.checkpoint import CheckpointError
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.nn.experts import PackedExperts
 from tests.conftest import BUILDERS, build_llama
-from tests.hub.models import Change, changed, edit, edit_weights, full, pack_linears, packed_linear, without
+from tests.hub.models import Change, changed, edit, edit_weights, full, pack_linears, without
 from tests.hub.test_experts import language_model as moe
 from tests.hub.test_experts import pack_experts
 
@@ -409,51 +409,6 @@ def test_one_import_is_enough_and_mpfx_alone_stays_light(llama: Any, tmp_path: P
     assert run_python(light).split() == ["False", "False", "load"]
 
 
-MEASURE = """
-import gc, sys
-import mpfx, mpfx.hub
-from transformers import AutoModelForCausalLM
-def kilobytes(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
-load = mpfx.load if sys.argv[1] == "mpfx" else AutoModelForCausalLM.from_pretrained
-load(sys.argv[2])  # what is imported on the way
-gc.collect()
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
-before = kilobytes("VmRSS")
-model = load(sys.argv[3])
-print(1024 * (kilobytes("VmHWM") - before))
-"""
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured here")
-def test_loading_takes_the_packed_bytes_and_little_more(llama: Any, tmp_path: Path) -> None:
-    from accelerate import init_empty_weights
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    mpfx.save(llama, tmp_path / "small")
-    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 512}
-    with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8))
-    dense = sum(parameter.nbytes for parameter in model.parameters())
-    made: dict[Any, MixedPrecisionLinear] = {}
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and path != "lm_head":
-            shape = (module.out_features, module.in_features)
-            layer = made.setdefault(shape, packed_linear(*shape, bias=False, coded=True))
-            model.set_submodule(path, copy.deepcopy(layer))
-    for part in model.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            part._parameters[name] = nn.Parameter(torch.rand(parameter.shape))
-    packed = mpfx.save(model, tmp_path / "large")
-    site, rest = 2816 * 1024 * 4, 12 << 20
-    assert 2 * packed + site + rest < dense / 2
-    peaks = {way: int(run_python(MEASURE, way, tmp_path / "small", tmp_path / "large")) for way in ("mpfx", "hf")}
-    assert peaks["mpfx"] < packed + site + rest, peaks
-    assert peaks["hf"] < 2 * packed + site + rest, peaks  # the file's pages, which the system may drop, count as well
-
-
 @pytest.mark.filterwarnings("ignore")  # of lm-eval's own, and of transformers about how lm-eval calls it
 def test_lm_eval(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm_eval = pytest.importorskip("lm_eval")
@@ -586,3 +541,13 @@ def test_a_static_cache_compiles_and_generates_the_same(tmp_path: Path, monkeypa
     assert torch.equal(loaded.generate(ids(5).cuda(), **STATIC, cache_implementation="static"), tokens)
     assert compiled
     torch._dynamo.reset()
+
+
+def test_shards_outside_of_the_folder_are_refused(llama: Any, tmp_path: Path) -> None:
+    mpfx.save(llama, tmp_path / "model", max_shard_size=20_000)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    shard.rename(tmp_path / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    with pytest.raises(CheckpointError, match="expected all weights in this folder but got"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
