@@ -21,6 +21,7 @@ struct Args {
     const void* bias;   // (rows,), dtype of x, or null
     void* out;          // (COUNT, rows), dtype of x
     int most_units, stage_bytes;
+    int early;          // whether weights are to be read before what ran before has come to its end
 };
 
 constexpr int PARTS = DTYPE == 2 ? 4 : 3;       // bytes of an activation
@@ -68,6 +69,19 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int LATER>
 __device__ __forceinline__ void wait_for_all_but() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
+// Kernels of one stream may overlap, if the next one is launched so: it starts as soon as all blocks of this one have, and
+// there is room; until it waits, it may touch nothing but weights.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 struct Unit {
@@ -155,36 +169,70 @@ __device__ __forceinline__ Places places(const Args& a, int channel) {
     return p;
 }
 
-// Start to copy vectors b .. b + AT_ONCE - 1.
-__device__ __forceinline__ void fetch_activations(const Args& a, const Room& room, int b) {
-    const Number* from = (const Number*)a.x + (size_t)b * IN;
-    const int count = min(AT_ONCE, COUNT - b) * IN;
-    if (EVEN)
-        for (int i = threadIdx.x; i < count * (int)sizeof(Number) / 16; i += THREADS)
-            copy16(address(room.given) + i * 16, (const uint4*)from + i);
-    else
-        for (int i = threadIdx.x; i < count; i += THREADS) ((Number*)room.given)[i] = __ldg(from + i);
+// Numbers that another kernel may have written while this one was already running.
+__device__ __forceinline__ uint4 load16(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
 }
 
-// Find the largest of vectors b .. b + AT_ONCE - 1.
-__device__ __forceinline__ void find_largest(const Room& room, int b) {
-#pragma unroll 1
-    for (int i = 0; i < min(AT_ONCE, COUNT - b); i++) {
-        const Number* given = (const Number*)room.given + i * IN;
-        u32 largest = 0;  // bits of numbers without their sign are in the order of the numbers
+// The larger of the sizes of numbers: their bits without the sign are in the order of the numbers.
+__device__ __forceinline__ u32 larger(u32 largest, const uint4& v) {
+    if (DTYPE == 2) return max(max(max(v.x << 1, v.y << 1), max(v.z << 1, v.w << 1)), largest);
+    const u32 all = 0x7FFF7FFF;
+    return __vmaxu2(__vmaxu2(__vmaxu2(v.x & all, v.y & all), __vmaxu2(v.z & all, v.w & all)), largest);
+}
+
+// What a thread brings of AT_ONCE vectors, 16 bytes a time; or, if they are not aligned, or too many for its registers,
+// nothing: then it is loaded where it is stored.
+constexpr int PIECES = (IN * (int)sizeof(Number) / 16 + THREADS - 1) / THREADS;
+constexpr bool AHEAD = EVEN && PIECES * AT_ONCE <= 8;
+
+struct Given {
+    uint4 piece[AHEAD ? AT_ONCE * PIECES : 1];
+};
+
+__device__ __forceinline__ bool is_piece(int i) { return i < IN * (int)sizeof(Number) / 16; }
+
+__device__ __forceinline__ const Number* vector_of(const Args& a, int b) { return (const Number*)a.x + (size_t)b * IN; }
+
+// Start to load vectors b .. b + AT_ONCE - 1.
+__device__ __forceinline__ void load_activations(const Args& a, int b, Given& given) {
+    if (AHEAD)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int k = 0; k < PIECES; k++) {
+                const int piece = k * THREADS + threadIdx.x;
+                given.piece[i * PIECES + k] = make_uint4(0, 0, 0, 0);
+                if (b + i < COUNT && is_piece(piece)) given.piece[i * PIECES + k] = load16((const uint4*)vector_of(a, b + i) + piece);
+            }
+}
+
+// Take them to shared memory, and find the largest of each.
+__device__ __forceinline__ void place_activations(const Args& a, const Room& room, int b, const Given& given) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+        if (b + i >= COUNT) break;
+        const Number* from = vector_of(a, b + i);
+        Number* to = (Number*)room.given + i * IN;
+        u32 largest = 0;
         if (EVEN) {
-            for (int k = threadIdx.x; k < IN * (int)sizeof(Number) / 16; k += THREADS) {
-                const uint4 v = ((const uint4*)given)[k];
-                if (DTYPE == 2) largest = max(max(max(v.x << 1, v.y << 1), max(v.z << 1, v.w << 1)), largest);
-                else {
-                    const u32 all = 0x7FFF7FFF;
-                    largest = __vmaxu2(__vmaxu2(__vmaxu2(v.x & all, v.y & all), __vmaxu2(v.z & all, v.w & all)), largest);
-                }
+#pragma unroll
+            for (int k = 0; k < PIECES; k++) {
+                const int piece = k * THREADS + threadIdx.x;
+                if (!is_piece(piece)) break;
+                const uint4 v = AHEAD ? given.piece[i * PIECES + k] : load16((const uint4*)from + piece);
+                ((uint4*)to)[piece] = v;
+                largest = larger(largest, v);
             }
             largest = DTYPE == 2 ? largest >> 1 : max(largest & 0xFFFF, largest >> 16);
         } else
-            for (int k = threadIdx.x; k < IN; k += THREADS)
-                largest = max(largest, DTYPE == 2 ? ((const u32*)given)[k] & 0x7FFFFFFF : ((const u16*)given)[k] & 0x7FFF);
+            for (int k = threadIdx.x; k < IN; k += THREADS) {
+                const Number v = ((const volatile Number*)from)[k];
+                to[k] = v;
+                largest = max(largest, (DTYPE == 2 ? __float_as_uint(v) & 0x7FFFFFFF : (u32)v & 0x7FFF));
+            }
         if (DTYPE == 0) largest <<= 16;
         if (DTYPE == 1) largest = __float_as_uint(half_to_float((u16)largest));
         largest = __reduce_max_sync(~0u, largest);
@@ -522,39 +570,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (threadIdx.x < 16) picks[threadIdx.x] = PICK[threadIdx.x];
     pick = picks;
 #endif
+    let_next_start();
     // What is short and waited for is loaded before the memory is busy with words.
     const int4* units = a.units + (cluster_rank() * WARPS + warp) * a.most_units;
     const int4 first_unit = __ldg(units + min(l.lane, a.most_units - 1));
     const int most = l.tile * 32 < a.w.rows ? a.most_units : 0;  // the last block may have groups without rows
-    fetch_activations(a, room, 0);
-    commit();
     Places order[ROUNDS];
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) order[r] = places(a, (r * THREADS + (int)threadIdx.x) * 8);
     const int row = l.tile * 32 + l.lane;
     const float row_scale = CODED && row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) : 1.0f;
     add_zeros(room);
-    if (l.lane < a.most_units) room.units[l.lane] = first_unit;
-    for (int i = l.lane + 32; i < a.most_units; i += 32) room.units[i] = __ldg(units + i);
-    __syncwarp();
+    Given given;
 #pragma unroll 1
-    for (int i = 0; i < STAGES; i++) {
-        if (i < most) {
-            const Unit u = unit(room.units[i]);
-            if (u.bits) fetch(a, u, l, room.ring_at + i * a.stage_bytes);
+    for (int turn = 0; turn < 2; turn++)
+        if (turn == a.early) {
+            wait_for_last();
+            load_activations(a, 0, given);
+        } else {
+            if (l.lane < a.most_units) room.units[l.lane] = first_unit;
+            for (int i = l.lane + 32; i < a.most_units; i += 32) room.units[i] = __ldg(units + i);
+            __syncwarp();
+#pragma unroll 1
+            for (int i = 0; i < STAGES; i++) {
+                if (i < most) {
+                    const Unit u = unit(room.units[i]);
+                    if (u.bits) fetch(a, u, l, room.ring_at + i * a.stage_bytes);
+                }
+                commit();
+            }
         }
-        commit();
-    }
-    wait_for_all_but<STAGES>();
+    __syncthreads();
     for (int b = 0; b < COUNT; b += AT_ONCE) {
         if (b) {
             __syncthreads();
-            fetch_activations(a, room, b);
-            commit();
-            wait_for_all_but<0>();
+            load_activations(a, b, given);
         }
-        __syncthreads();
-        find_largest(room, b);
+        place_activations(a, room, b, given);
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {

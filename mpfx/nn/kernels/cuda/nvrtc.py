@@ -39,12 +39,15 @@ class Launch:
         threads: of a block.
         shared: bytes of dynamic shared memory of a block.
         cluster: blocks along x that are run together and reach each other's shared memory.
+        early: whether the kernel may start before what was launched before it on this stream has come to its end; it
+            says itself from where on it needs that.
     """
 
     grid: tuple[int, int]
     threads: int
     shared: int
     cluster: int = 1
+    early: bool = False
 
 
 class Kernel:
@@ -52,6 +55,7 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self._function = function
+        self.handle = int(function)
         self._shared = 40 << 10  # what every kernel may use, besides what it declares itself
 
     def __call__(self, launch: Launch, arguments: ctypes.Structure) -> None:
@@ -66,9 +70,8 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
         config.sharedMemBytes = launch.shared
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs, config.numAttrs = [], 0
-        if launch.cluster > 1:
-            config.attrs, config.numAttrs = [_cluster(launch.cluster)], 1
+        config.attrs = [*[_cluster(launch.cluster)] * (launch.cluster > 1), *[_overlapping()] * launch.early]
+        config.numAttrs = len(config.attrs)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
@@ -94,6 +97,25 @@ def kernel(file: str, name: str, macros: tuple[tuple[str, int], ...], device: in
         (module,) = _check(_driver().cuModuleLoadData(binary))
         (function,) = _check(_driver().cuModuleGetFunction(module, name.encode()))
     return Kernel(function)
+
+
+def last_captured() -> int | None:
+    """The handle of the kernel that a CUDA graph in the making ends with, on the current stream.
+
+    None: nothing is captured, or what comes last is no kernel, or not the only thing that comes last.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    driver = _driver()
+    query = getattr(driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo)  # its name before CUDA 13
+    status, _, _, _, nodes, *_ = query(torch.cuda.current_stream().cuda_stream)
+    if int(status) != 0 or len(nodes) != 1:
+        return None
+    status, kind = driver.cuGraphNodeGetType(nodes[0])
+    if int(status) != 0 or kind != driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL:
+        return None
+    status, kernel = driver.cuGraphKernelNodeGetParams(nodes[0])
+    return int(kernel.func) if int(status) == 0 else None
 
 
 def compile_source(source: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
@@ -123,11 +145,21 @@ def _compile(source: str, options: list[str]) -> bytes:
     return bytes(binary)
 
 
+@cache
 def _cluster(size: int) -> Any:
     driver = _driver()
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = size, 1, 1
+    return attribute
+
+
+@cache
+def _overlapping() -> Any:
+    driver = _driver()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
     return attribute
 
 
