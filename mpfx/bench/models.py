@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpfx.bench.weights import mixed_layout, random_order, random_weight
 from mpfx.graph import is_linear, linear_weight
-from mpfx.nn import MixedPrecisionLinear
+from mpfx.nn import MixedPrecisionLinear, join_input_groups
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -110,28 +110,45 @@ def random_model(
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
     model.eval()
+    _share_orders(model)
     return model
 
 
 def _pack(model: "PreTrainedModel", bits: float, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Put random packed layers in the place of Linear ones, site by site.
 
-    Those of one parent that read equally many channels share a permutation, as q, k and v do. Where mpfx reorders the
-    rows that make an input instead (o, down), it needs none: the time of a gather is counted all the same.
+    Where mpfx reorders the rows that make an input (o, down), it needs no permutation: the time of a gather is counted
+    all the same.
     """
-    orders: dict[tuple[str, int], Tensor] = {}
     for path, module in _sites(model):
         rows, channels = linear_weight(module).shape
-        key = (path.rpartition(".")[0], channels)
-        order = orders[key] if key in orders else orders.setdefault(key, random_order(channels, generator))
         bias = getattr(module, "bias", None)
         packed = MixedPrecisionLinear(
             random_weight(mixed_layout(rows, channels, bits), rows, generator),
-            permutation=order,
+            permutation=random_order(channels, generator),
             bias=None if bias is None else nn.Parameter(torch.zeros(rows, dtype=dtype, device=generator.device)),
             dtype=dtype,
         )
         model.set_submodule(path, packed)
+
+
+@torch.no_grad()
+def _share_orders(model: "PreTrainedModel") -> None:
+    """Give the sites of an input group one permutation, as a compressed model has it; one call tells which they are."""
+    read: list[tuple[MixedPrecisionLinear, Tensor]] = []
+
+    def note(module: MixedPrecisionLinear, inputs: tuple[Tensor, ...]) -> None:
+        read.append((module, inputs[0]))
+
+    packed = [module for module in model.modules() if isinstance(module, MixedPrecisionLinear)]
+    hooks = [module.register_forward_pre_hook(note) for module in packed]
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    orders: dict[int, Tensor | None] = {}
+    for module, x in read:
+        module.permutation = orders.setdefault(id(x), module.permutation)
+    join_input_groups(model)
 
 
 @torch.no_grad()

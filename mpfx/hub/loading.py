@@ -30,7 +30,7 @@ from mpfx.hub.manifest import (
     read_manifest,
 )
 from mpfx.hub.weights import Weights, open_weights
-from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, validate
+from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, join_input_groups, validate
 from mpfx.nn.experts import PackedExperts, PackedStack, split_stack
 
 
@@ -64,6 +64,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         for name, module in modules.items():
             skeleton.set_submodule(name, module)
         _fill(skeleton, state, manifest)
+    join_input_groups(skeleton)
     if manifest.library is not None:
         _adopt(skeleton, manifest)
     return skeleton.eval()

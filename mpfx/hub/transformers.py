@@ -36,7 +36,7 @@ from mpfx.hub.manifest import (
 )
 from mpfx.hub.saving import savable
 from mpfx.hub.weights import Weights
-from mpfx.nn import MixedPrecisionLinear
+from mpfx.nn import MixedPrecisionLinear, join_input_groups
 from mpfx.nn.experts import PackedExperts
 
 
@@ -164,6 +164,7 @@ class MpfxQuantizer(HfQuantizer):
         for name, original in _tied_buffers(model, manifest).items():
             set_buffer(model, name, model.get_buffer(original))
         self._sites, self._orders, self._buffers = {}, {}, {}
+        join_input_groups(model)
         self.look_at(model)
         return model
 

@@ -15,7 +15,7 @@ from mpfx.nn.layout import (
     permutation_bytes,
     stored_bytes,
 )
-from mpfx.nn.packed import MixedPrecisionLinear, pack_permutation
+from mpfx.nn.packed import InputGroup, MixedPrecisionLinear, join_input_groups, pack_permutation
 from mpfx.nn.packing import PackedWeight, QuantizedWeight, own_order, pack, reordered_rows, unpack, validate
 from mpfx.nn.scales import CodedScales, Scales, decoded, scale_values
 
@@ -29,6 +29,7 @@ __all__ = [
     "WIDTHS",
     "Bytes",
     "CodedScales",
+    "InputGroup",
     "Layout",
     "MixedPrecisionLinear",
     "PackedExperts",
@@ -38,6 +39,7 @@ __all__ = [
     "Scales",
     "Span",
     "decoded",
+    "join_input_groups",
     "own_order",
     "pack",
     "pack_permutation",

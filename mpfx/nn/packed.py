@@ -1,15 +1,23 @@
 """The module that runs a packed weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mpfx.nn.kernels import packed_linear
+from mpfx.nn.kernels import packed_linear, packed_linears, wants_gradient
 from mpfx.nn.layout import permutation_bytes
 from mpfx.nn.packing import FLOAT_PARTS, PARTS, PackedWeight, own_order, unpack
+
+TOGETHER = ("cuda",)
+"""Kinds of devices where layers that read the same activations multiply together."""
+
+TOGETHER_ROWS = 8
+"""Rows of activations up to which they do."""
+
+_PATIENCE = 3
 
 
 def pack_permutation(order: Tensor) -> Tensor:
@@ -33,6 +41,63 @@ class PackedModule(nn.Module):
             if moved.dtype != scales.dtype:
                 setattr(self, name, moved.to(scales.dtype) if scales.is_meta else scales.to(moved.device))
         return self
+
+
+class InputGroup:
+    """Packed layers that read the same activations: the first one that is called multiplies for all of them.
+
+    Few rows of activations take a GPU so little time that a launch and the work that has to be done before the first
+    product count; here both are done once. Whoever calls the other layers with the same tensor gets what is already
+    there. A model that does not call them all is found out, and its layers are on their own again.
+
+    Args:
+        members: that share a permutation.
+    """
+
+    def __init__(self, members: Sequence["MixedPrecisionLinear"]) -> None:
+        self._members = tuple(members)
+        self._input: Tensor | None = None
+        self._products: list[Tensor | None] = []
+        self._left_over = 0  # times that products were not asked for
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether the products of ``(..., in)`` are best made together."""
+        first = self._members[0]
+        if not (x.device.type in TOGETHER and x.numel() <= TOGETHER_ROWS * first.in_features):
+            return False
+        return self._left_over < _PATIENCE and not wants_gradient(x, *(member.bias for member in self._members))
+
+    def product(self, place: int, x: Tensor) -> Tensor:
+        """That of the member at this place with ``(..., in)``."""
+        product = self._products[place] if self._input is x else None
+        if product is None:
+            self._left_over = 0 if self._input is None else self._left_over + 1
+            weights, biases = [m.packed for m in self._members], [m.bias for m in self._members]
+            self._input, self._products = x, list(packed_linears(x, weights, self._members[0].permutation, biases))
+            product = self._products[place]
+        assert product is not None
+        self._products[place] = None
+        if all(other is None for other in self._products):
+            self._input, self._products = None, []
+        return product
+
+
+def join_input_groups(model: nn.Module) -> None:
+    """Let packed layers that share a permutation multiply together; those joined before are joined anew.
+
+    Args:
+        model: where the sites of an input group hold one and the same tensor as permutation.
+    """
+    groups: dict[int, list[MixedPrecisionLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, MixedPrecisionLinear):
+            module._input_group = None
+            if module.permutation is not None:
+                groups.setdefault(id(module.permutation), []).append(module)
+    for members in groups.values():
+        group = InputGroup(members) if len(members) > 1 else None
+        for place, member in enumerate(members):
+            member._input_group, member._place = group, place
 
 
 class MixedPrecisionLinear(PackedModule):
@@ -71,6 +136,8 @@ class MixedPrecisionLinear(PackedModule):
     ) -> None:
         super().__init__()
         self._known: tuple[tuple[Tensor | None, ...], PackedWeight] | None = None  # of these buffers; kernels keep more
+        self._input_group: InputGroup | None = None
+        self._place = 0  # in its input group
         self.layout = weight.layout
         self.in_features, self.out_features = weight.layout.in_features, weight.out_features
         for name, part in weight.parts.items():
@@ -93,7 +160,7 @@ class MixedPrecisionLinear(PackedModule):
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "_input_group": None}
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -112,6 +179,8 @@ class MixedPrecisionLinear(PackedModule):
                 return packed_linear(
                     x.to(torch.get_autocast_dtype(x.device.type)), self.packed, self.permutation, self.bias
                 )
+        if self._input_group is not None and self._input_group.multiplies(x):
+            return self._input_group.product(self._place, x)
         return packed_linear(x, self.packed, self.permutation, self.bias)
 
     def extra_repr(self) -> str:

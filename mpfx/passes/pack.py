@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph import ExpertStack, PermutationFold, linear_weight, row_order, sites, traced_module
-from mpfx.nn import MixedPrecisionLinear, PackedExperts, PackedStack, reordered_rows
+from mpfx.nn import MixedPrecisionLinear, PackedExperts, PackedStack, join_input_groups, reordered_rows
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.locate import annotate, annotations, located
 from mpfx.passes.solve import SOLVED, SolvedGroup
@@ -121,6 +121,7 @@ def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Callable[[]
     def undo() -> None:
         for path, module in before.items():
             model.set_submodule(path, module)
+        join_input_groups(model)
 
     try:
         for path, module in modules.items():
@@ -128,6 +129,7 @@ def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Callable[[]
     except BaseException:
         undo()
         raise
+    join_input_groups(model)
     return undo
 
 

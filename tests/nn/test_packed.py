@@ -6,9 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, pack, pack_permutation, unpack
+from mpfx.nn import (
+    Layout,
+    MixedPrecisionLinear,
+    PackedWeight,
+    join_input_groups,
+    kernels,
+    pack,
+    pack_permutation,
+    packed,
+    unpack,
+)
 from mpfx.solve import GridConfig, Sparsity, sweep
 
 
@@ -91,3 +101,101 @@ def test_on_a_gpu(sparsity: str | None, dtype: torch.dtype) -> None:
     x = torch.randn(5, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(moved(x.cuda()).cpu(), module(x), rtol=tolerance, atol=tolerance * 10)
+
+
+class Attention(nn.Module):
+    """Layers that read the same input, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        order = pack_permutation(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
+        self.q = MixedPrecisionLinear(packed_weight(24), permutation=order)
+        self.k = MixedPrecisionLinear(packed_weight(8), permutation=order, bias=nn.Parameter(torch.randn(8)))
+        self.v = MixedPrecisionLinear(packed_weight(8, scale_bits=16), permutation=order)
+        self.other = MixedPrecisionLinear(packed_weight(100), permutation=order.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(x)
+        return torch.cat([self.k(x), self.q(x), self.v(x)], -1)
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Products of input groups are made together on the CPU too; returns of how many weights each call was."""
+    calls: list[int] = []
+    make = kernels.packed_linears
+
+    def counted(x: Tensor, weights: Any, *rest: Any) -> list[Tensor]:
+        calls.append(len(weights))
+        return make(x, weights, *rest)
+
+    monkeypatch.setattr(packed, "TOGETHER", ("cpu",))
+    monkeypatch.setattr(packed, "packed_linears", counted)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_layers_of_an_input_group_multiply_together(rows: int, together: list[int]) -> None:
+    model, x = Attention(), torch.randn(rows, 100)
+    expected = model(x).detach()
+    join_input_groups(model)
+    for _ in range(5):
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+    assert together == ([3] * 5 if rows <= packed.TOGETHER_ROWS else [])
+
+
+def test_products_with_gradients_are_not_made_together(together: list[int]) -> None:
+    model, x = Attention(), torch.randn(2, 100, requires_grad=True)
+    join_input_groups(model)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert model.k.bias is not None
+    assert torch.equal(model.k.bias.grad, torch.full((8,), 2.0))  # type: ignore[arg-type]
+    assert together == []
+
+
+@torch.no_grad()
+def test_layers_that_are_not_all_called_are_on_their_own_again(together: list[int]) -> None:
+    model = Attention()
+    expected = [model.q(x) for x in torch.ones(1, 9, 100).cumsum(1)[0]]
+    join_input_groups(model)
+    for x, wanted in zip(torch.ones(1, 9, 100).cumsum(1)[0], expected, strict=True):
+        assert torch.equal(model.q(x), wanted)
+    assert together == [3] * 4
+
+
+@torch.no_grad()
+def test_equal_inputs_are_not_the_same_input(together: list[int]) -> None:
+    model, x, y = Attention(), torch.randn(1, 100), torch.randn(1, 100)
+    wanted = [model.q(x), model.k(y), model.v(x.clone())]
+    join_input_groups(model)
+    found = [model.q(x), model.k(y), model.v(x.clone())]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_copies_are_on_their_own(together: list[int]) -> None:
+    model, x = Attention(), torch.randn(1, 100)
+    join_input_groups(model)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert together == [3]
+
+
+@torch.no_grad()
+def test_input_groups_compile_as_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "TOGETHER", ("cpu",))
+    model, x = Attention(), torch.randn(1, 100)
+    join_input_groups(model)
+    expected, graphs = model(x), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(x), expected)
+    assert len(graphs) == 1
+    assert [str(graphs[0].code).count(f"mpfx.{name}(") for name in ("linears", "linear")] == [1, 1]
+    torch._dynamo.reset()

@@ -11,7 +11,7 @@
 All but the last take float32, float16 and bfloat16. An operator, because compilers and CUDA graphs take one as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -49,6 +49,38 @@ def packed_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, b
     return result
 
 
+def packed_linears(
+    x: Tensor, weights: Sequence[PackedWeight], permutation: Tensor | None, biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Apply several linear layers to the same activations, on a CUDA device by one launch where it can be.
+
+    Without gradients: what none of the arguments may ask for.
+
+    Args:
+        x: ``(..., in)``, floating.
+        weights: packed, of the same channels.
+        permutation: of all of them, as :func:`packed_linear` takes it.
+        biases: one ``(out,)`` or None for every weight.
+
+    Returns:
+        A ``(..., out)`` for every weight.
+    """
+    if not torch.compiler.is_compiling():
+        return _run_together(x, weights, permutation, biases)
+    parts = [part for weight in weights for part in map(weight.parts.get, PARTS)]
+    layouts = [weight.layout for weight in weights]
+    results: list[Tensor] = torch.ops.mpfx.linears(
+        x, parts, permutation, list(biases), layouts[0].in_features, [weight.out_features for weight in weights],
+        ",".join(encoded(layout.widths) for layout in layouts), [layout.group_size or 0 for layout in layouts],
+    )  # fmt: skip
+    return results
+
+
+def wants_gradient(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a product must be remembered for a backward pass."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+
+
 def reference(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
     """The same in plain PyTorch, on any device and in any floating dtype: what all kernels are tested against."""
     if permutation is not None:
@@ -61,14 +93,23 @@ def _plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing but the result is wanted: no graph, no gradient, no stand-in for a tensor."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
-    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
-    return not (wanted and torch.is_grad_enabled())
+    return not wants_gradient(x, bias)
 
 
 def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.is_cpu and x.dtype in _KERNEL_DTYPES and x.numel() > 0:
         return _cpu()(x, weight, permutation, bias)
     return _run_elsewhere(x, weight, permutation, bias)
+
+
+@torch.no_grad()
+def _run_together(
+    x: Tensor, weights: Sequence[PackedWeight], permutation: Tensor | None, biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    if not _on_cuda(x):
+        return [_run(x, weight, permutation, bias) for weight, bias in zip(weights, biases, strict=True)]
+    outs = _cuda().cuda_linears(x.reshape(-1, x.shape[-1]), weights, permutation, biases)
+    return [_shaped(out, x) for out in outs]
 
 
 @cache
@@ -80,12 +121,19 @@ def _cpu() -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def _run_elsewhere(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
-    known = x.dtype in _KERNEL_DTYPES and x.numel() > 0
-    if not (known and x.is_cuda and _cuda().runs_on(x.device)):
+    if not _on_cuda(x):
         return reference(x, weight, permutation, bias)
-    out = _cuda().cuda_linear(x.reshape(-1, x.shape[-1]), weight, permutation, bias)
+    return _shaped(_cuda().cuda_linear(x.reshape(-1, x.shape[-1]), weight, permutation, bias), x)
+
+
+def _on_cuda(x: Tensor) -> bool:
+    known = x.dtype in _KERNEL_DTYPES and x.numel() > 0
+    return known and x.is_cuda and bool(_cuda().runs_on(x.device))
+
+
+def _shaped(out: Tensor, x: Tensor) -> Tensor:
     # No view: what an operator hands out may be written to.
-    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.out_features])
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
     return shaped
 
 
@@ -122,6 +170,29 @@ def _(x: Tensor, *arguments: object) -> Tensor:
     out_features = arguments[-3]
     assert isinstance(out_features, int)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("mpfx::linears", mutates_args=())
+def _linears(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    permutation: Tensor | None,
+    biases: Sequence[Tensor | None],
+    in_features: int,
+    out_features: Sequence[int],
+    encoded_widths: str,
+    group_sizes: Sequence[int],
+) -> list[Tensor]:
+    weights = []
+    for k, (widths, group_size) in enumerate(zip(encoded_widths.split(","), group_sizes, strict=True)):
+        own = dict(zip(PARTS, parts[k * len(PARTS) : (k + 1) * len(PARTS)], strict=True))
+        weights.append(PackedWeight.of(own, layout_of(in_features, widths, group_size)))
+    return _run_together(x.detach(), weights, permutation, biases)
+
+
+@_linears.register_fake
+def _(x: Tensor, *arguments: Any) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], out_features)) for out_features in arguments[4]]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,21 +1,31 @@
 """Packed products on a CUDA device, in CUDA C++ that is compiled when it is first needed (:mod:`.nvrtc`).
 
-Up to eight rows of activations are multiplied with the packed words themselves (``decode.cu``); for more, chunks of the
-weight are unpacked one after the other (``expand.cu``) and multiplied by torch.
+Up to eight rows of activations are multiplied with the packed words themselves (``decode.cu``). For more, the weight
+is unpacked in registers, tile by tile, on its way to the tensor cores (``tile.cu``, on Hopper GPUs), or in chunks that
+torch multiplies, one after the other (``expand.cu``): whichever was measured to be faster.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mpfx.nn.kernels.cuda import nvrtc
-from mpfx.nn.kernels.cuda.decode import decode, room_for
-from mpfx.nn.kernels.cuda.expand import multiply
+from mpfx.nn.kernels.cuda.decode import alike, decode, room_for
+from mpfx.nn.kernels.cuda.expand import Chunks, chunks_for
+from mpfx.nn.kernels.cuda.tile import Tile, tiles_for
+from mpfx.nn.kernels.cuda.tune import fastest
 from mpfx.nn.packing import PackedWeight
 
 DECODE_ROWS = 8
 """Up to so many rows of activations are multiplied straight from the packed words."""
+
+TILE_ROWS = 1024
+"""Up to so many rows, without a measurement, the weight is rather unpacked in registers than in memory."""
+
+MOST_SITES = 8
+"""Weights that one launch multiplies, at most."""
 
 CAPABILITY = (8, 0)
 """The least compute capability of a device that the kernels run on."""
@@ -46,11 +56,54 @@ def cuda_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bia
         the dtype of ``x``.
     """
     x = x.contiguous()
-    order = permutation if permutation is None or permutation.dtype == torch.uint16 else permutation.to(torch.int32)
-    most = min(DECODE_ROWS, room_for(x, weight)) if weight.codes.nbytes < _MOST_BYTES else 0
+    order, most = _order(permutation), _most_rows(x, weight)
     with torch.cuda.device(x.device):
         if len(x) > DECODE_ROWS or most == 0:
-            return multiply(x, weight, order, bias)
+            return _multiply_many(x, weight, order, bias)
         if len(x) <= most:
-            return decode(x, weight, order, bias)
-        return torch.cat([decode(part, weight, order, bias) for part in x.chunk(-(-len(x) // most))])
+            return decode(x, [weight], order, [bias])[0]
+        parts = x.chunk(-(-len(x) // most))
+        return torch.cat([decode(part, [weight], order, [bias])[0] for part in parts])
+
+
+def cuda_linears(
+    x: Tensor, weights: Sequence[PackedWeight], permutation: Tensor | None, biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Multiply activations with several packed weights: by one launch, if there are few rows, else one by one.
+
+    Args:
+        x: as :func:`cuda_linear` takes them.
+        weights: of the same channels.
+        permutation: of all of them.
+        biases: one ``(out,)`` or None for every weight.
+    """
+    x = x.contiguous()
+    if len(weights) <= MOST_SITES and _decodable(x, weights) and alike(x, weights):
+        with torch.cuda.device(x.device):
+            return decode(x, weights, _order(permutation), biases)
+    return [cuda_linear(x, weight, permutation, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def _multiply_many(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The product for many rows, cut in the way that was the fastest when it was first asked for."""
+    out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    tiles, chunks = tiles_for(x, weight), chunks_for(x, weight)
+    ways: tuple[Tile | Chunks, ...] = (*tiles, *chunks) if len(x) <= TILE_ROWS else (*chunks, *tiles)
+    count = 1 << (len(x) - 1).bit_length()
+    key = f"{count} of {x.dtype}, {weight.out_features} x {x.shape[1]}".replace("torch.", "")
+    way = fastest(key, ways, lambda way: way.multiply(x, weight, order, bias, out), x.device)
+    way.multiply(x, weight, order, bias, out)
+    return out
+
+
+def _decodable(x: Tensor, weights: Sequence[PackedWeight]) -> bool:
+    return len(x) <= DECODE_ROWS and all(len(x) <= _most_rows(x, weight) for weight in weights)
+
+
+def _most_rows(x: Tensor, weight: PackedWeight) -> int:
+    return min(DECODE_ROWS, room_for(x, weight)) if weight.codes.nbytes < _MOST_BYTES else 0
+
+
+def _order(permutation: Tensor | None) -> Tensor | None:
+    return permutation if permutation is None or permutation.dtype == torch.uint16 else permutation.to(torch.int32)

@@ -8,20 +8,28 @@
 // one of their vector, of three bytes (four, if they are float32): the right operand, a column each. So products are
 // exact, and the zero point is taken off once a unit, by way of the sum of its activations.
 //
-// Set by whoever compiles, besides what packed.cuh needs: GROUPS of a block, each with rows of its own; WARPS of a group;
+// Several weights that the same activations meet, in the same order, are multiplied by one launch: its blocks are shared
+// out among these sites.
+//
+// Set by whoever compiles, besides what packed.cuh needs: SITES; GROUPS of a block, each with rows of its own; WARPS of a group;
 // STAGES, units that are copied ahead; SEGMENTS of a unit, at most; COUNT of vectors; AT_ONCE of them that are put in
 // order together; ORDER, bytes of an entry of the channel order, 0: none; EVEN, whether all segments are full, and vectors
 // and the order are aligned.
 
-struct Args {
-    const void* x;      // (COUNT, IN)
-    const void* order;  // (IN,) u16 or u32: the activation that meets a channel
+struct Site {
     Weight w;
     const int4* units;  // (warps of a cluster, most_units): after the last one of a warp, bits of 0
     const void* bias;   // (rows,), dtype of x, or null
     void* out;          // (COUNT, rows), dtype of x
     int most_units, stage_bytes;
+    int first_block;    // of a launch, along y
+};
+
+struct Args {
+    const void* x;      // (COUNT, IN)
+    const void* order;  // (IN,) u16 or u32: the activation that meets a channel
     int early;          // whether weights are to be read before what ran before has come to its end
+    Site sites[SITES];
 };
 
 constexpr int PARTS = DTYPE == 2 ? 4 : 3;       // bytes of an activation
@@ -113,10 +121,10 @@ template <typename T>
 __device__ __forceinline__ void keep(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void keep(int& i) { asm volatile("" : "+r"(i)); }
 
-__device__ __forceinline__ Lane lane_of(const Args& a) {
+__device__ __forceinline__ Lane lane_of(const Site& a) {
     Lane l;
     const int r = threadIdx.x % 32;
-    l.lane = r, l.g = r / 4, l.t = r % 4, l.tile = blockIdx.y * GROUPS + threadIdx.x / (WARPS * 32);
+    l.lane = r, l.g = r / 4, l.t = r % 4, l.tile = (blockIdx.y - a.first_block) * GROUPS + threadIdx.x / (WARPS * 32);
     l.field = field_of(r);
     const int row = ALIGNED ? r / 8 : 0, piece = ALIGNED ? r % 8 : r / 4, column = l.tile * 32 + (ALIGNED ? 4 * piece : r);
     l.from_row = column < a.w.rows ? row : 1 << 20;
@@ -379,7 +387,7 @@ __device__ __forceinline__ void add_unit(const float* sums, const float* more, c
 
 #if MASKED
 // Bring the survivors of a unit to the L2 cache: up to 32 rows times 128 bytes.
-__device__ __forceinline__ void bring_survivors(const Args& a, const Unit& u, const Lane& l) {
+__device__ __forceinline__ void bring_survivors(const Site& a, const Unit& u, const Lane& l) {
 #pragma unroll 1
     for (int s = 0; s < u.segments; s++) {
         const uint2 range = survivors_of(a.w, l.tile, u.segment + s);
@@ -390,7 +398,7 @@ __device__ __forceinline__ void bring_survivors(const Args& a, const Unit& u, co
 #endif
 
 // Start to copy what a unit needs of the weight.
-__device__ __forceinline__ void fetch(const Args& a, const Unit& u, const Lane& l, u32 stage) {
+__device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Lane& l, u32 stage) {
 #if MASKED
     bring_survivors(a, u, l);
 #else
@@ -411,7 +419,7 @@ __device__ __forceinline__ void fetch(const Args& a, const Unit& u, const Lane& 
 }
 
 template <int BITS>
-__device__ __forceinline__ void process(const Args& a, const Unit& u, const char* stage, u16 base, float row_scale, const Lane& l,
+__device__ __forceinline__ void process(const Site& a, const Unit& u, const char* stage, u16 base, float row_scale, const Lane& l,
                                         const Room& room, const u32* pick, Results& result) {
     step<BITS>((const u32*)(stage + a.stage_bytes - TAIL), base, row_scale, l, room);
     Sums d;
@@ -498,7 +506,7 @@ __device__ __forceinline__ void group_barrier() {
 
 // Add up what the warps of a group found, then the groups of the cluster: always in the same order. Each warp's results
 // take the place of its ring; `stride` bytes are between two of them.
-__device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, const u32* largest,
+__device__ __forceinline__ void finish(const Site& a, const Lane& l, int warp, const u32* largest,
                                        const Results& result, char* rooms, int stride) {
     auto found = [&](int w, int i) -> float& { return ((float*)(rooms + w * stride))[i]; };  // (COLUMNS, 32)
 #pragma unroll
@@ -546,8 +554,17 @@ __device__ __forceinline__ void finish(const Args& a, const Lane& l, int warp, c
 
 constexpr int bytes_of(int n) { return n + 127 & ~127; }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Args a) {
+__device__ __forceinline__ const Site& site_of(const Args& args) {
+    int site = 0;
+#pragma unroll
+    for (int i = 1; i < SITES; i++)
+        if (blockIdx.y >= args.sites[i].first_block) site = i;
+    return args.sites[site];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Args args) {
     extern __shared__ __align__(128) char shared[];
+    const Site& a = site_of(args);
     const int warp = threadIdx.x / 32 % WARPS;
     const Lane l = lane_of(a);
     const int ring_bytes = STAGES * a.stage_bytes;
@@ -577,16 +594,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const int most = l.tile * 32 < a.w.rows ? a.most_units : 0;  // the last block may have groups without rows
     Places order[ROUNDS];
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) order[r] = places(a, (r * THREADS + (int)threadIdx.x) * 8);
+    for (int r = 0; r < ROUNDS; r++) order[r] = places(args, (r * THREADS + (int)threadIdx.x) * 8);
     const int row = l.tile * 32 + l.lane;
     const float row_scale = CODED && row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) : 1.0f;
     add_zeros(room);
     Given given;
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++)
-        if (turn == a.early) {
+        if (turn == args.early) {
             wait_for_last();
-            load_activations(a, 0, given);
+            load_activations(args, 0, given);
         } else {
             if (l.lane < a.most_units) room.units[l.lane] = first_unit;
             for (int i = l.lane + 32; i < a.most_units; i += 32) room.units[i] = __ldg(units + i);
@@ -604,9 +621,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     for (int b = 0; b < COUNT; b += AT_ONCE) {
         if (b) {
             __syncthreads();
-            load_activations(a, b, given);
+            load_activations(args, b, given);
         }
-        place_activations(a, room, b, given);
+        place_activations(args, room, b, given);
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {

@@ -2,8 +2,9 @@
 
 import ctypes
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -31,20 +32,25 @@ _MASKED_ROOM = 128 + 2 * (33 * 32 + 8)
 _WARPS = 24  # that a multiprocessor has the registers for
 
 
-class Arguments(ctypes.Structure):
-    """``Args`` of ``decode.cu``."""
+class Site(ctypes.Structure):
+    """``Site`` of ``decode.cu``."""
 
     _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
         ("weight", Weight),
         ("units", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("most_units", ctypes.c_int),
         ("stage_bytes", ctypes.c_int),
-        ("early", ctypes.c_int),
+        ("first_block", ctypes.c_int),
     ]
+
+
+@cache
+def _arguments(sites: int) -> type[ctypes.Structure]:
+    """``Args`` of ``decode.cu``."""
+    fields = [("x", ctypes.c_void_p), ("order", ctypes.c_void_p), ("early", ctypes.c_int), ("sites", Site * sites)]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
 @dataclass(frozen=True)
@@ -69,81 +75,114 @@ def room_for(x: Tensor, weight: PackedWeight) -> int:
     return _room_for(weight.layout, x.dtype, weight.mask is not None, x.device)
 
 
+def alike(x: Tensor, weights: Sequence[PackedWeight]) -> bool:
+    """Whether one launch can multiply all these weights, which the same activations meet in the same order."""
+    return len({weight_macros(x, weight) for weight in weights}) == 1
+
+
 def decode(
-    x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None, cut: Cut | None = None
-) -> Tensor:
-    """The product for a few rows; ``cut`` overrules the choice.
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    order: Tensor | None,
+    biases: Sequence[Tensor | None],
+    cut: Cut | None = None,
+) -> list[Tensor]:
+    """The products for a few rows; ``cut`` overrules the choice.
 
     Args:
         x: ``(rows, in)``, contiguous, as many rows as :func:`room_for` says.
-        weight: packed.
+        weights: packed, :func:`alike`.
         order: uint16 or int32 ``(in,)``, or None.
-        bias: ``(out,)`` or None.
+        biases: one ``(out,)`` or None for every weight.
         cut: of the work.
     """
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in biases]
     if cut is None:
-        cut = _choose(x, weight, order, bias)
-    out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
-    _launch(x, weight, order, bias, out, cut)
-    return out
+        cut = _choose(x, weights, order)
+    outs = [torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
+    _launch(x, weights, order, biases, outs, cut)
+    return outs
 
 
-def _launch(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None, out: Tensor, cut: Cut) -> None:
-    layout, rows = weight.layout, weight.out_features
-    coded, streams = isinstance(weight.scales, CodedScales), None if weight.mask is None else masked(weight).streams
-    units, most = unit_table(
-        layout, rows, cut.cluster * cut.warps, weight.zeros is not None, coded, streams, x.device
-    )  # fmt: skip
-    stage, stages = _stage_bytes(layout, streams is not None), min(cut.stages, most)
-    at_once, shared = _room(cut, layout, x.dtype, len(x), streams is not None, x.device)
-    aligned = layout.in_features % SEGMENT == 0 and x.data_ptr() % 16 == 0 and address(order) % 16 == 0
+def _launch(
+    x: Tensor, weights: Sequence[PackedWeight], order: Tensor | None, biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor], cut: Cut,
+) -> None:  # fmt: skip
+    sites, block = [], 0
+    for weight, bias, out in zip(weights, biases, outs, strict=True):
+        sites.append(_site(weight, bias, out, cut, block))
+        block += -(-weight.out_features // (ROWS * cut.groups))
+    at_once, shared = _room_of(x, weights, cut)
+    in_features = weights[0].layout.in_features
+    aligned = in_features % SEGMENT == 0 and x.data_ptr() % 16 == 0 and address(order) % 16 == 0
     macros = (
-        *weight_macros(x, weight), ("ORDER", order_bytes(order)), ("EVEN", int(aligned)), ("SEGMENTS", _UNIT_SEGMENTS),
-        ("GROUPS", cut.groups), ("WARPS", cut.warps), ("STAGES", stages), ("COUNT", len(x)), ("AT_ONCE", at_once),
+        *weight_macros(x, weights[0]), ("ORDER", order_bytes(order)), ("EVEN", int(aligned)), ("SITES", len(sites)),
+        ("SEGMENTS", _UNIT_SEGMENTS), ("GROUPS", cut.groups), ("WARPS", cut.warps),
+        ("STAGES", min(cut.stages, *(site.most_units for site in sites))), ("COUNT", len(x)), ("AT_ONCE", at_once),
     )  # fmt: skip
     run = kernel("decode.cu", "decode", macros, x.device.index)
     early = last_captured() in _handles  # then nothing before it can have written this weight, and not yet be done
     _handles.add(run.handle)
-    arguments = Arguments(
-        address(x), address(order), weight_argument(weight), address(units), address(bias), address(out), most, stage,
-        early,
+    arguments = _arguments(len(sites))(address(x), address(order), early, (Site * len(sites))(*sites))
+    run(Launch((cut.cluster, block), 32 * cut.groups * cut.warps, shared, cut.cluster, early), arguments)
+
+
+def _site(weight: PackedWeight, bias: Tensor | None, out: Tensor, cut: Cut, block: int) -> Site:
+    layout, streams = weight.layout, None if weight.mask is None else masked(weight).streams
+    coded, asymmetric = isinstance(weight.scales, CodedScales), weight.zeros is not None
+    units, most = unit_table(
+        layout, weight.out_features, cut.cluster * cut.warps, asymmetric, coded, streams, out.device
     )  # fmt: skip
-    grid, threads = (cut.cluster, -(-rows // (ROWS * cut.groups))), 32 * cut.groups * cut.warps
-    run(Launch(grid, threads, shared, cut.cluster, early), arguments)
+    return Site(
+        weight_argument(weight), address(units), address(bias), address(out), most,
+        _stage_bytes(layout, weight.mask is not None), block,
+    )  # fmt: skip
+
+
+def _room_of(x: Tensor, weights: Sequence[PackedWeight], cut: Cut) -> tuple[int, int]:
+    """:func:`_room` for the one of these weights that needs most."""
+    rooms = [_room(cut, w.layout, x.dtype, len(x), w.mask is not None, x.device) for w in weights]
+    at_once = min(at_once for at_once, _ in rooms)
+    return at_once, max(shared for _, shared in rooms)
 
 
 _handles: set[int] = set()  # of kernels that let the next one start while they run, and write no weights
 
 
-def _choose(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None) -> Cut:
-    """The fastest of a few cuts; measured once a shape and device, and kept on disk."""
-    layout, rows = weight.layout, weight.out_features
-    candidates = cuts(rows, layout, x.dtype, len(x), weight.mask is not None, x.device)
-    out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    bits = round(layout.code_bits * 4) / 4
-    key = (f"decode {rows} x {layout.in_features}, {len(x)} of {x.dtype}".replace("torch.", "")
-           + f", {bits} bits, {'masked' if weight.mask is not None else 'full'}")  # fmt: skip
-    return fastest(key, candidates, lambda cut: _launch(x, weight, order, bias, out, cut), x.device)
+def _choose(x: Tensor, weights: Sequence[PackedWeight], order: Tensor | None) -> Cut:
+    """The fastest of a few cuts; measured once for sizes and a device, and kept on disk."""
+    candidates = _cuts(x, weights)
+    outs = [torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
+    sizes = ", ".join(f"{w.out_features} of {round(w.layout.code_bits * 4) / 4} bits" for w in weights)
+    kind = "masked" if weights[0].mask is not None else "full"
+    key = f"decode {sizes} x {x.shape[1]}, {kind}, {len(x)} of {x.dtype}".replace("torch.", "")
+    none = [None] * len(weights)
+    return fastest(key, candidates, lambda cut: _launch(x, weights, order, none, outs, cut), x.device)
+
+
+def _cuts(x: Tensor, weights: Sequence[PackedWeight]) -> tuple[Cut, ...]:
+    tiles = sum(-(-weight.out_features // ROWS) for weight in weights)
+    return tuple(cut for cut in cuts(tiles, x.device) if _room_of(x, weights, cut)[0])[:4]
 
 
 @lru_cache(maxsize=4096)
-def cuts(
-    rows: int, layout: Layout, dtype: torch.dtype, count: int, mask: bool, device: torch.device
-) -> tuple[Cut, ...]:
+def cuts(tiles: int, device: torch.device) -> tuple[Cut, ...]:
     """Cuts worth a try, the likeliest first: as many groups of a block as give every multiprocessor one block."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = -(-rows // ROWS)
-    groups = min(max(1, -(-tiles // processors)), 8)
+    groups = min(max(1, -(-tiles // processors)), _MOST_GROUPS)
     found = [Cut(1, groups, warps, stages) for warps, stages in _SHAPES.get(groups, ((_WARPS // groups, 2),))]
-    if 2 * tiles <= processors and torch.cuda.get_device_capability(device) >= (9, 0):
-        found[1:1] = [Cut(2, 1, 16, 2)]
-    found += [Cut(1, 1, warps, stages) for warps in (8, 4) for stages in (2, 1)]  # for vectors that need much room
-    return tuple(cut for cut in found if _room(cut, layout, dtype, count, mask, device)[0])[:3]
+    if torch.cuda.get_device_capability(device) >= (9, 0):
+        if 2 * tiles <= processors:
+            found[1:1] = [Cut(2, 1, 16, 2)]
+        pairs = -(-2 * tiles // processors)  # groups of a block, if two of them share the channels
+        if 2 * groups > pairs > groups and pairs <= _MOST_GROUPS:  # more multiprocessors have something to do
+            found[1:1] = [Cut(2, pairs, max(1, _WARPS // pairs), 2)]
+    return (*found, *(Cut(1, 1, warps, stages) for warps in (8, 4) for stages in (2, 1)))  # for much room
 
 
+_MOST_GROUPS = 12
 _SHAPES = {1: ((16, 2), (24, 2), (20, 2)), 2: ((12, 2), (10, 2), (12, 3)), 3: ((8, 2), (7, 2), (8, 3)),
-           4: ((5, 2), (6, 2), (4, 2))}  # fmt: skip
+           4: ((5, 2), (6, 2), (4, 2)), 6: ((4, 2), (3, 2), (4, 3))}  # fmt: skip
 """Warps and stages that were fast on an H100, by groups."""
 
 _UNIT_SEGMENTS = 2

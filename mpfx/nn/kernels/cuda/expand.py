@@ -1,13 +1,13 @@
 """Packed weights unpacked chunk by chunk, for many rows of activations: what ``expand.cu`` needs from the host."""
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mpfx.nn.kernels.cuda.nvrtc import Launch, kernel
-from mpfx.nn.kernels.cuda.tune import fastest
 from mpfx.nn.kernels.cuda.weights import (
     ROWS,
     Weight,
@@ -41,36 +41,39 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def multiply(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The product for many rows: the weight is unpacked in chunks of rows, each multiplied at once."""
-    rows, channels = weight.out_features, weight.layout.in_features
-    out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    chunks = tuple(dict.fromkeys(_chunk(rows, channels * x.element_size(), most) for most in CHUNK_BYTES))
-    key = f"expand {rows} x {channels}, {1 << (len(x) - 1).bit_length()} of {str(x.dtype).removeprefix('torch.')}"
-    chunk = fastest(key, chunks, lambda chunk: _multiply(x, weight, order, bias, out, chunk), x.device)
-    _multiply(x, weight, order, bias, out, chunk)
-    return out
+@dataclass(frozen=True)
+class Chunks:
+    """How the work is cut: so many rows of the weight are unpacked and multiplied at a time."""
+
+    rows: int
+
+    def multiply(self, x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+        """Write the product ``(rows, out)``.
+
+        Args:
+            x: ``(rows, in)``, contiguous.
+            weight: packed.
+            order: uint16 or int32 ``(in,)``, or None.
+            bias: ``(out,)`` in the dtype of ``x``, or None.
+            out: in the dtype of ``x``.
+        """
+        rows, channels = weight.out_features, weight.layout.in_features
+        room = torch.empty(channels * min(self.rows, rows), dtype=x.dtype, device=x.device)
+        for first in range(0, rows, self.rows):
+            count = min(self.rows, rows - first)
+            part = room[: channels * count].view(channels, count)
+            expand(x, weight, order, first, part)
+            if bias is None:
+                torch.mm(x, part, out=out[:, first : first + count])
+            else:
+                torch.addmm(bias[first : first + count], x, part, out=out[:, first : first + count])
 
 
-def _chunk(rows: int, row_bytes: int, most: int) -> int:
-    """Rows of a chunk: equal chunks, whole tiles, at most so many bytes."""
-    fitting = max(64, most // row_bytes // 64 * 64)
-    return -(-rows // -(-rows // fitting)) + 63 & ~63
-
-
-def _multiply(
-    x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None, out: Tensor, chunk: int
-) -> None:
-    rows, channels = weight.out_features, weight.layout.in_features
-    room = torch.empty(channels * min(chunk, rows), dtype=x.dtype, device=x.device)
-    for first in range(0, rows, chunk):
-        count = min(chunk, rows - first)
-        part = room[: channels * count].view(channels, count)
-        expand(x, weight, order, first, part)
-        if bias is None:
-            torch.mm(x, part, out=out[:, first : first + count])
-        else:
-            torch.addmm(bias[first : first + count].to(x.dtype), x, part, out=out[:, first : first + count])
+def chunks_for(x: Tensor, weight: PackedWeight) -> tuple[Chunks, ...]:
+    """Cuts worth a try: equal chunks, whole tiles, at most so many bytes as ``CHUNK_BYTES`` says."""
+    rows, row_bytes = weight.out_features, weight.layout.in_features * x.element_size()
+    fitting = [max(64, most // row_bytes // 64 * 64) for most in CHUNK_BYTES]
+    return tuple(dict.fromkeys(Chunks(-(-rows // -(-rows // fit)) + 63 & ~63) for fit in fitting))
 
 
 def expand(x: Tensor, weight: PackedWeight, order: Tensor | None, first: int, out: Tensor) -> None:

@@ -121,7 +121,8 @@ def last_captured() -> int | None:
 def compile_source(source: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
     """Machine code for devices of a compute capability."""
     nvrtc = _nvrtc()
-    options = [*_OPTIONS, f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
+    own = "a" * (capability[0] >= 9)  # what only this generation has, as `wgmma`
+    options = [*_OPTIONS, f"--gpu-architecture=sm_{capability[0]}{capability[1]}{own}"]
     options += [f"-D{name}={value}u" if value > 0x7FFFFFFF else f"-D{name}={value}" for name, value in macros.items()]
     version = _check(nvrtc.nvrtcVersion())
     key = hashlib.sha256("\n".join([source, *options, *map(str, version)]).encode()).hexdigest()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mpfx.nn import Layout, PackedWeight, pack
-from mpfx.nn.kernels import cuda, packed_linear
+from mpfx.nn.kernels import cuda, packed_linear, packed_linears
 from mpfx.nn.kernels.cuda import tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.kept import cache_folder
+from mpfx.nn.kernels.cuda.tile import Tile, unpacks_in_registers
 from tests.nn.test_packing import random_weight
 
 pytestmark = [
@@ -80,7 +81,9 @@ def agrees(x: Tensor, dense: Tensor, packed: PackedWeight, order: Tensor | None,
 
 
 @pytest.mark.parametrize(
-    "cut", [Cut(1, 1, 4, 1), Cut(2, 1, 4, 2), Cut(4, 2, 3, 2), Cut(1, 3, 8, 2), Cut(1, 5, 4, 3)], ids=str
+    "cut",
+    [Cut(1, 1, 4, 1), Cut(2, 1, 4, 2), Cut(4, 2, 3, 2), Cut(1, 3, 8, 2), Cut(1, 5, 4, 3), Cut(2, 11, 2, 2)],
+    ids=str,
 )
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_every_cut_gives_the_same(cut: Cut, density: float) -> None:
@@ -90,9 +93,74 @@ def test_every_cut_gives_the_same(cut: Cut, density: float) -> None:
     packed = on_device(pack(random_weight(layout, 300, coded=True, density=density)))
     order = torch.randperm(512).to(torch.uint16).cuda()
     x = torch.randn(3, 512, dtype=torch.float32, device="cuda")
-    expected = decode(x, packed, order, None, Cut(1, 1, 1, 1))
-    found = decode(x, packed, order, None, cut)
+    expected = decode(x, [packed], order, [None], Cut(1, 1, 1, 1))[0]
+    found = decode(x, [packed], order, [None], cut)[0]
     assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (8, torch.float32), (9, torch.float16)])
+def test_several_weights_at_once_give_what_each_gives_alone(rows: int, dtype: torch.dtype, density: float) -> None:
+    layouts = [Layout(512, widths, 64) for widths in ((6,) * 5 + (3,) * 11, (4,) * 16, (8, 16) + (2,) * 13 + (0,))]
+    weights = [
+        on_device(pack(random_weight(layout, out, coded=True, density=density)))
+        for layout, out in zip(layouts, (300, 20, 77), strict=True)
+    ]
+    order = torch.randperm(512).to(torch.uint16).cuda()
+    biases = [torch.randn(300, device="cuda"), None, torch.randn(77, device="cuda", dtype=dtype)]
+    x = torch.randn(2, rows, 512, device="cuda", dtype=dtype)[1]
+    expected = [packed_linear(x, weight, order, bias) for weight, bias in zip(weights, biases, strict=True)]
+    for found, wanted in zip(packed_linears(x, weights, order, biases), expected, strict=True):
+        assert float((found.double() - wanted.double()).norm()) <= TOLERANCE[dtype] * float(wanted.double().norm())
+
+
+def test_kernels_that_follow_each_other_in_a_graph_wait_for_each_other() -> None:
+    """One starts while the one before it runs, and reads its result all the same."""
+    layout = Layout(1024, (4,) * 32, 64)
+    layers = [on_device(pack(random_weight(layout, 1024, coded=True))) for _ in range(6)]
+    order = torch.randperm(1024).to(torch.uint16).cuda()
+    x = torch.randn(1, 1024, device="cuda")
+
+    def run(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = packed_linear(x / x.norm() if layer is layers[3] else x, layer, order, None)
+        return x
+
+    expected = run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(x)
+    for _ in range(20):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+TILES = [(132, 9, Tile(16, 1)), (516, 70, Tile(64, 2)), (256, 300, Tile(256, 1)), (384, 176, Tile(176, 4))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("out", "rows", "tile"), TILES, ids=str)
+def test_tiles_unpack_the_weight_in_registers(
+    layout: Layout, out: int, rows: int, tile: Tile, dtype: torch.dtype
+) -> None:
+    weight = random_weight(layout, out, symmetric=rows == 70, coded=True)
+    dense, packed = weight.dequantize().double().cuda(), on_device(pack(weight))
+    x, bias = (
+        torch.randn(rows, layout.in_features, dtype=dtype, device="cuda"),
+        torch.randn(out, device="cuda").to(dtype),
+    )
+    if not unpacks_in_registers(x, packed):
+        pytest.skip("needs a Hopper GPU")
+    order = (
+        None if rows == 9 else torch.randperm(layout.in_features).to(torch.uint16 if rows == 70 else torch.int32).cuda()
+    )
+    moved = x.double() if order is None else x.double()[:, order.long()]
+    found = torch.empty(rows, out, dtype=dtype, device="cuda")
+    tile.multiply(x, packed, order, bias, found)
+    expected, size = moved @ dense.t() + bias.double(), moved.abs() @ dense.abs().t() + bias.double().abs()
+    assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])

@@ -1,0 +1,544 @@
+// Many rows of activations times a packed weight, on the tensor cores of a Hopper GPU: the weight is unpacked in registers,
+// never in memory.
+//
+// `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
+// each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
+//
+// `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and one of the blocks of its cluster a share of the
+// channels. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero
+// points, scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32
+// rows 32w ... of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows:
+// 4g + 2m and 4g + 2m + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the weight in an order of
+// their own, and so have the channels: of which `arrange` knows. While one segment is multiplied, the next one is unpacked.
+//
+// Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
+// a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
+// WORD_ROWS of a stage.
+
+constexpr int STEP = 64;  // channels: two segments
+constexpr int X_BYTES = TOKENS * 128;
+constexpr int ROW_BYTES = 576;  // of 128 words, and some more: lanes that read four word rows at once find other banks
+constexpr int TAIL_WORDS = 2 * (32 + 16);  // of every segment: zero points of 128 rows, scales
+constexpr int TAIL_AT = X_BYTES + WORD_ROWS * ROW_BYTES, GRIDS_AT = TAIL_AT + TAIL_WORDS * 4;
+constexpr int STAGE_BYTES = (GRIDS_AT + 2 * 128 * 8 + 1023) / 1024 * 1024;
+constexpr int MULTIPLIERS = 256;  // threads that multiply
+constexpr int COPIERS = 2;        // warps that copy, every other step each
+constexpr int PREPARERS = 2;      // warps that find out the grids of what was copied, every other step each
+constexpr int THREADS = MULTIPLIERS + 32 * (COPIERS + PREPARERS);
+// Registers: 168 a thread, of which those that do not multiply leave some to those that do: 168 * 384 = 72 * 128 + 216 * 256.
+constexpr int ARRANGERS = 512;    // threads of a block of `arrange`
+constexpr int RESULT_ROW = 132;  // floats that lie between the results of two rows of activations
+
+struct Args {
+    const void* x;      // (tokens, channels)
+    const void* order;
+    void* arranged;     // (tiles of activations, steps of a cluster, X_BYTES)
+    Weight w;
+    const int4* units;  // (2 steps,): bits, first word row, grid, zero points of every segment; beyond the last one, zeros
+    const void* bias;
+    void* out;          // (tokens, rows)
+    int tokens, channels;
+    int steps;          // of a block; of `arrange`: of all blocks of a cluster
+};
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ u32 two_numbers(float low, float high) {
+    u32 both;
+    if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// ---------------------------------------------------------------------------------------------------- activations
+
+// Kernels of one stream overlap: the next one starts as soon as all blocks of this one have; until it waits, it may touch
+// nothing but weights.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Where two adjacent channels, the first one even, are in the input.
+__device__ __forceinline__ uint2 places_of(const Args& a, int channel) {
+    if (ORDER == 0) return make_uint2(channel, channel + 1);
+    if (ORDER == 4) return make_uint2(__ldg((const u32*)a.order + channel), __ldg((const u32*)a.order + min(channel + 1, a.channels - 1)));
+    if (channel + 1 == a.channels) return make_uint2(__ldg((const u16*)a.order + channel), 0);
+    const u32 both = __ldg((const u32*)((const u16*)a.order + channel));
+    return make_uint2(both & 0xFFFF, both >> 16);
+}
+
+// A block has one row of activations.
+extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_constant__ Args a) {
+    extern __shared__ __align__(128) char shared[];
+    let_next_start();
+    Number* given = (Number*)shared;
+    const int token = blockIdx.x, row = token % TOKENS;
+    const Number* from = (const Number*)a.x + (size_t)token * a.channels;
+    const bool real = token < a.tokens;
+    if (real && a.channels % 8 == 0) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < a.channels / 8; i += ARRANGERS) ((uint4*)given)[i] = __ldg((const uint4*)from + i);
+    } else if (real)
+        for (int i = threadIdx.x; i < a.channels; i += ARRANGERS) given[i] = from[i];
+    __syncthreads();
+    const int steps = a.steps;
+    char* to = (char*)a.arranged + (size_t)(token / TOKENS) * steps * X_BYTES + row * 128;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < steps * 8; i += ARRANGERS) {
+        const int piece = i % 8, channel = i / 8 * STEP + piece / 4 * 32 + piece / 2 % 2 * 4 + piece % 2 * 2;
+        u32 pair[4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const int c = channel + 8 * t;
+            pair[t] = 0;
+            if (real && c < a.channels) {
+                const uint2 place = places_of(a, c);
+                pair[t] = given[place.x];
+                if (c + 1 < a.channels) pair[t] |= given[place.y] << 16;
+            }
+        }
+        *(uint4*)(to + (size_t)(i / 8) * X_BYTES + ((piece ^ row % 8) << 4)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- barriers, copies
+
+__device__ __forceinline__ void init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_with(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+template <int BYTES>
+__device__ __forceinline__ void copy_few(u32 to, const void* from) {
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ int cluster_size() {
+    int r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ float4 of_block(const float* p, int rank) {
+    u32 there;
+    float4 f;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there) : "memory");
+    return f;
+}
+
+// ---------------------------------------------------------------------------------------------------- products
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+#define EIGHT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+
+#define NAMES1 "%5,%6,%7,%8,%9,%10,%11,%12"
+#define NAMES2 NAMES1 ",%13,%14,%15,%16,%17,%18,%19,%20"
+#define NAMES3 NAMES2 ",%21,%22,%23,%24,%25,%26,%27,%28"
+#define NAMES4 NAMES3 ",%29,%30,%31,%32,%33,%34,%35,%36"
+#define NAMES5 NAMES4 ",%37,%38,%39,%40,%41,%42,%43,%44"
+#define NAMES6 NAMES5 ",%45,%46,%47,%48,%49,%50,%51,%52"
+#define NAMES7 NAMES6 ",%53,%54,%55,%56,%57,%58,%59,%60"
+#define NAMES8 NAMES7 ",%61,%62,%63,%64,%65,%66,%67,%68"
+#define NAMES9 NAMES8 ",%69,%70,%71,%72,%73,%74,%75,%76"
+#define NAMES10 NAMES9 ",%77,%78,%79,%80,%81,%82,%83,%84"
+#define NAMES11 NAMES10 ",%85,%86,%87,%88,%89,%90,%91,%92"
+#define NAMES12 NAMES11 ",%93,%94,%95,%96,%97,%98,%99,%100"
+#define NAMES13 NAMES12 ",%101,%102,%103,%104,%105,%106,%107,%108"
+#define NAMES14 NAMES13 ",%109,%110,%111,%112,%113,%114,%115,%116"
+#define NAMES15 NAMES14 ",%117,%118,%119,%120,%121,%122,%123,%124"
+#define NAMES16 NAMES15 ",%125,%126,%127,%128,%129,%130,%131,%132"
+
+#define PLACES1 EIGHT(0)
+#define PLACES2 PLACES1, EIGHT(8)
+#define PLACES3 PLACES2, EIGHT(16)
+#define PLACES4 PLACES3, EIGHT(24)
+#define PLACES5 PLACES4, EIGHT(32)
+#define PLACES6 PLACES5, EIGHT(40)
+#define PLACES7 PLACES6, EIGHT(48)
+#define PLACES8 PLACES7, EIGHT(56)
+#define PLACES9 PLACES8, EIGHT(64)
+#define PLACES10 PLACES9, EIGHT(72)
+#define PLACES11 PLACES10, EIGHT(80)
+#define PLACES12 PLACES11, EIGHT(88)
+#define PLACES13 PLACES12, EIGHT(96)
+#define PLACES14 PLACES13, EIGHT(104)
+#define PLACES15 PLACES14, EIGHT(112)
+#define PLACES16 PLACES15, EIGHT(120)
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#if DTYPE == 0
+#define KINDS "f32.bf16.bf16"
+#else
+#define KINDS "f32.f16.f16"
+#endif
+
+// 64 rows of the weight times TOKENS rows of activations, 16 channels.
+__device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], u32 (&a)[4], unsigned long long x) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16." KINDS " {" JOIN(NAMES, EIGHTS) "}, {%0,%1,%2,%3}, %4, 1, 1, 1, 0;"
+                 : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+l"(x), JOIN(PLACES, EIGHTS));
+}
+
+__device__ __forceinline__ void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void after_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LATER>
+__device__ __forceinline__ void wait_for_all_but() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
+}
+
+// A tile of activations as `wgmma` is told of it: swizzled in 128 bytes, 1024 bytes from eight rows to the next ones.
+__device__ __forceinline__ unsigned long long tile_at(u32 at) {
+    return (unsigned long long)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// ---------------------------------------------------------------------------------------------------- weights
+
+typedef u32 Operand[2][4];  // the left one: a segment, 16 channels each
+
+// Where a lane finds its two rows.
+struct Lane {
+    int g, t, warp, group;
+    int row;  // the first one, of the 32 of the warp
+};
+
+template <int P>
+__device__ __forceinline__ void add_plane(u32 (&c)[2][2], uint2 word, int chunk, int low) {
+    constexpr u32 field = ((1u << P) - 1) * 0x01010101u;
+    const u32 w[2] = {word.x, word.y};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int turn = (low - P * ((chunk + i) % (8 / P))) & 31;
+#pragma unroll
+        for (int j = 0; j < 2; j++) c[i][j] |= __funnelshift_l(w[j], w[j], turn) & (field << low);
+    }
+}
+
+// Codes as halves of registers: their values are what is added to this. Of 8 bits only float16 has the room.
+constexpr u32 MAGIC = DTYPE == 0 ? 0x43004300 : 0x64006400;
+template <int BITS>
+constexpr bool IN_HALVES = BITS < 8 || (BITS == 8 && DTYPE == 1);
+
+// float16 has few small numbers, so its weights are that much larger until they have been multiplied; but not if some of
+// them are stored as float16, which may be as large as that gets.
+constexpr float LARGER = DTYPE == 1 && WORD_ROWS <= 16 ? 64.0f : 1.0f;
+
+__device__ __forceinline__ u32 dequantized(u32 codes, u32 zeros, u32 steps) {
+    u32 v;
+    if (DTYPE == 0) asm("{.reg .b32 d;\nsub.rn.bf16x2 d, %1, %2;\nmul.rn.bf16x2 %0, d, %3;}" : "=r"(v) : "r"(codes), "r"(zeros), "r"(steps));
+    else asm("{.reg .b32 d;\nsub.rn.f16x2 d, %1, %2;\nmul.rn.f16x2 %0, d, %3;}" : "=r"(v) : "r"(codes), "r"(zeros), "r"(steps));
+    return v;
+}
+
+// What the codes of a row need: zero point plus MAGIC and step, both twice; or as floats, the zero point plus 2^23, if not
+// IN_HALVES.
+__device__ __forceinline__ uint2 grid_of(int bits, u32 zero, float step) {
+    if (DTYPE == 0 && bits == 8) return make_uint2(__float_as_uint(8388608.0f + (float)zero), __float_as_uint(step));
+    return make_uint2(MAGIC + zero * 0x10001u, two_numbers(step, step));
+}
+
+// The grids of rows r .. r + 3 of a segment, r being four times that of a lane.
+__device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, float scale, const float (&scales)[4], uint4* to) {
+    const int first = r % 32;
+    const u32* zeros = tail + r / 32 * bits;
+    u32 planes[3] = {};
+    if (ZEROS) {
+        if (bits == 8) planes[0] = zeros[first / 4];
+        if (bits & 4) planes[0] = zeros[first / 8];
+        if (bits & 2) planes[1] = zeros[(bits & 4) + first / 16];
+        if (bits & 1) planes[2] = zeros[bits & 6];
+    }
+    const u32 codes = tail[32 + r / 8];
+    uint2 found[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const Field field = field_of(first + j);
+        u32 zero = 1u << (bits - 1);
+        if (ZEROS && bits == 8) zero = planes[0] >> field.eight & 255;
+        else if (ZEROS) {
+            const u32 four = planes[0] >> field.four & 15, two = planes[1] >> field.two & 3, one = planes[2] >> field.one & 1;
+            zero = four | two << (bits & 4) | one << (bits & 6);
+        }
+        float power;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-0.25f * (float)(codes >> field.four & 15)));
+        found[j] = grid_of(bits, zero, scale * scales[j] * power);
+    }
+    to[0] = make_uint4(found[0].x, found[0].y, found[1].x, found[1].y);
+    to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
+}
+
+// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
+template <int BITS>
+__device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
+    auto two = [&](int row) { return *(const uint2*)(words + row * ROW_BYTES); };
+    const uint4 both = *(const uint4*)grids;
+    const u32 zeros[2] = {both.x, both.z}, steps[2] = {both.y, both.w};
+    u32 c[2][2] = {};  // [channels 8t+4i ...][row]
+    u32 highs[2][2] = {};
+    if constexpr (BITS >= 8) {
+        const uint2 first = two(2 * l.t), second = two(2 * l.t + 1);
+        c[0][0] = first.x, c[0][1] = first.y, c[1][0] = second.x, c[1][1] = second.y;
+    }
+    if constexpr (BITS == 16) {
+        const uint2 first = two(8 + 2 * l.t), second = two(9 + 2 * l.t);
+        highs[0][0] = first.x, highs[0][1] = first.y, highs[1][0] = second.x, highs[1][1] = second.y;
+    }
+    if constexpr (BITS & 4) add_plane<4>(c, two(l.t), 2 * l.t, 0);
+    if constexpr (BITS & 2) add_plane<2>(c, two((BITS & 4) + l.t / 2), 2 * l.t, BITS & 4);
+    if constexpr (BITS & 1) add_plane<1>(c, two(BITS & 6), 2 * l.t, BITS & 6);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32& both = to[i][2 * h + j];
+                if constexpr (IN_HALVES<BITS>) {
+                    both = dequantized(__byte_perm(c[i][j], MAGIC >> 8, h ? 0x4342 : 0x4140), zeros[j], steps[j]);
+                    continue;
+                }
+                float v[2];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int k = 2 * h + e;
+                    if constexpr (BITS == 16) v[e] = half_to_float((u16)__byte_perm(c[i][j], highs[i][j], k + (k + 4) * 16));
+                    else v[e] = (__uint_as_float(__byte_perm(c[i][j], 0x4B000000, 0x7440 + k)) - __uint_as_float(zeros[j])) * __uint_as_float(steps[j]);
+                }
+                both = two_numbers(v[0], v[1]);
+            }
+}
+
+#define WIDTH(BITS) \
+    case BITS: \
+        unpack<BITS>(words, grids, l, to); \
+        break;
+
+__device__ __forceinline__ void unpack_segment(int bits, const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
+    switch (bits) {
+        WIDTH(1)
+        WIDTH(2)
+        WIDTH(3)
+        WIDTH(4)
+        WIDTH(5)
+        WIDTH(6)
+        WIDTH(7)
+        WIDTH(8)
+        WIDTH(16)
+        default:
+#pragma unroll
+            for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
+    }
+}
+
+// Shared memory.
+struct Room {
+    char* ring;      // STAGES times: a tile of activations, words, zero points and scales
+    int4* units;     // of every segment: bits, first word row, grid, zero points
+    float* scales;   // of every segment: what all rows have of the step
+    u32 full, ready, empty;  // barriers of every stage: it is copied; its grids are known; it may be written again
+};
+
+// ---------------------------------------------------------------------------------------------------- roles
+
+// Copy what a segment needs of the weight.
+__device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, int tile, u32 words, u32 tail, int lane) {
+    const int row = tile * 128, tiles = (min(128, a.w.rows - row) + 31) / 32, bits = unit.x;
+    const u32* from = a.w.codes + ((size_t)unit.y * a.w.rows + row + lane * 4);
+    const int mine = row + lane * 4 < a.w.rows ? bits : 0;
+#pragma unroll
+    for (int r = 0; r < 8; r++, from += a.w.rows)
+        if (r < mine) copy_few<16>(words + lane * 16 + r * ROW_BYTES, from);
+    if (mine == 16)
+#pragma unroll
+        for (int r = 8; r < 16; r++, from += a.w.rows) copy_few<16>(words + lane * 16 + r * ROW_BYTES, from);
+    if (bits == 0 || bits == 16) return;
+    if (ZEROS && lane < tiles * bits) copy_few<4>(tail + lane * 4, a.w.zeros + (unit.w + tile * 4 * bits + lane));
+    if (lane < 4 * tiles) copy_few<4>(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
+}
+
+// One of the warps that copy: steps `first`, `first` + COPIERS ...
+__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int tile, const char* x, int first, int lane) {
+    bool waited = false;
+#pragma unroll 1
+    for (int k = first; k < a.steps; k += COPIERS) {
+        const int stage = k % STAGES;
+        const u32 full = room.full + stage * 8, to = address(room.ring + stage * STAGE_BYTES), tail = to + TAIL_AT;
+        if (k >= STAGES) wait(room.empty + stage * 8, (k / STAGES - 1) & 1);
+        const int4 even = room.units[2 * k], odd = room.units[2 * k + 1];
+        fetch_segment(a, even, tile, to + X_BYTES, tail, lane);
+        fetch_segment(a, odd, tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
+        arrive_when_copied(full);
+        if (!waited) wait_for_last(), waited = true;
+        if (lane == 0) {
+            arrive_with(full, X_BYTES);
+            copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
+        }
+    }
+}
+
+// One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ...
+__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int tile, int first, int lane) {
+    float scales[4];  // of its rows, without those of the channels
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int row = tile * 128 + lane * 4 + j;
+        scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
+    }
+#pragma unroll 1
+    for (int k = first; k < a.steps; k += PREPARERS) {
+        char* stage = room.ring + k % STAGES * STAGE_BYTES;
+        wait(room.full + k % STAGES * 8, k / STAGES & 1);
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            const int bits = room.units[2 * k + s].x;
+            const u32* tail = (const u32*)(stage + TAIL_AT) + 48 * s;
+            uint4* to = (uint4*)(stage + GRIDS_AT) + 64 * s + 2 * lane;
+            if (bits > 0 && bits < 16) find_grids(bits, tail, 4 * lane, room.scales[2 * k + s], scales, to);
+        }
+        arrive(room.ready + k % STAGES * 8);
+    }
+}
+
+// Multiply half a step: two operands of 16 channels.
+__device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[TOKENS / 2]) {
+    before_products();
+    multiply(d, a[0], tile_at(x));
+    multiply(d, a[1], tile_at(x + 32));
+    after_products();
+    wait_for_all_but<1>();
+}
+
+// Results are in their registers here: whoever reorders instructions knows nothing of products that are under way.
+__device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
+__device__ __forceinline__ void multiply_all(const Args& a, const Room& room, const Lane& l, float (&d)[TOKENS / 2]) {
+    Operand even, odd;
+    const bool speaks = threadIdx.x % 32 == 0;
+    const int row = l.warp * 32 + l.row;
+    settle(d);
+#pragma unroll 1
+    for (int k = 0; k < a.steps; k++) {
+        const int stage = k % STAGES, first = room.units[2 * k].x, second = room.units[2 * k + 1].x;
+        const char* at = room.ring + stage * STAGE_BYTES;
+        const char* words = at + X_BYTES + row * 4;
+        const uint2* grids = (const uint2*)(at + GRIDS_AT) + row;
+        wait(room.full + stage * 8, k / STAGES & 1);
+        wait(room.ready + stage * 8, k / STAGES & 1);
+        unpack_segment(first, words, grids, l, even);
+        multiply_segment(address(at), even, d);
+        if (speaks && k) arrive(room.empty + (k - 1) % STAGES * 8);
+        unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
+        multiply_segment(address(at) + 64, odd, d);
+    }
+    wait_for_all_but<0>();
+    settle(d);
+}
+
+__device__ __forceinline__ void store4(const Args& a, int token, int row, float4 v) {
+    if (token >= a.tokens || row >= a.w.rows) return;
+    if (a.bias) {
+        const Number* bias = (const Number*)a.bias + row;
+        v.x += to_float(bias[0]), v.y += to_float(bias[1]), v.z += to_float(bias[2]), v.w += to_float(bias[3]);
+    }
+    *(uint2*)((Number*)a.out + (size_t)token * a.w.rows + row) = make_uint2(two_numbers(v.x, v.y), two_numbers(v.z, v.w));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
+    const int splits = cluster_size(), rank = cluster_rank();
+    const int tiles = (a.w.rows + 127) / 128, tile = blockIdx.y % tiles, tokens = blockIdx.y / tiles * TOKENS;
+    Room room;
+    room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
+    room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
+    room.scales = (float*)(room.units + 2 * a.steps);
+    room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
+    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) {
+        const int4 unit = __ldg(a.units + rank * 2 * a.steps + i);
+        room.units[i] = unit;
+        room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
+    }
+    if (threadIdx.x < STAGES) {
+        init(room.full + threadIdx.x * 8, 33);
+        init(room.ready + threadIdx.x * 8, 32);
+        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();
+    if (threadIdx.x >= MULTIPLIERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
+        const size_t first = (size_t)(blockIdx.y / tiles * splits + rank) * a.steps;
+        if (warp < COPIERS) fetch_all(a, room, tile, (const char*)a.arranged + first * X_BYTES, warp, lane);
+        else prepare_all(a, room, tile, warp - COPIERS, lane);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        float d[TOKENS / 2] = {};
+        Lane l;
+        l.g = threadIdx.x % 32 / 4, l.t = threadIdx.x % 4, l.warp = threadIdx.x / 32 % 4, l.group = threadIdx.x / 128;
+        l.row = 4 * l.g + 2 * l.group;
+        multiply_all(a, room, l, d);
+        asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
+        float* results = (float*)room.ring + l.warp * 32 + l.row;
+#pragma unroll
+        for (int n = 0; n < TOKENS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                *(float2*)(results + (8 * n + 2 * l.t + e) * RESULT_ROW) = make_float2(d[4 * n + e] * (1 / LARGER), d[4 * n + 2 + e] * (1 / LARGER));
+    }
+    if (splits > 1) cluster_barrier();
+    else __syncthreads();
+    const float* results = (const float*)room.ring;
+    for (int i = rank * (THREADS) + threadIdx.x; i < TOKENS * 32; i += splits * (THREADS)) {
+        const float* at = results + i / 32 * RESULT_ROW + i % 32 * 4;
+        float4 sum = *(const float4*)at;
+        if (splits > 1) {
+            sum = of_block(at, 0);
+            for (int r = 1; r < splits; r++) {
+                const float4 more = of_block(at, r);
+                sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+            }
+        }
+        store4(a, tokens + i / 32, tile * 128 + i % 32 * 4, sum);
+    }
+    if (splits > 1) cluster_barrier();
+}
