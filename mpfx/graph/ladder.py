@@ -15,8 +15,8 @@ from mpfx.graph.compat import FakeTensor, is_transformed, size_hint
 from mpfx.graph.errors import Diagnosis, FixedSizeError, ImageSizeError, TraceError, diagnose, trace_error
 from mpfx.graph.experts import describe_experts
 from mpfx.graph.isolation import AutocastState, hook_keys, undisturbed
-from mpfx.graph.linear import describe_linears, is_experts, is_leaf, is_linear
-from mpfx.graph.live import META_KEY, TraceRecord, live_module, node_info, paths_around
+from mpfx.graph.linear import describe_linears, is_experts, is_leaf, is_linear, paths_around
+from mpfx.graph.live import META_KEY, TraceRecord, live_module, node_info
 from mpfx.graph.opaque import OpaquePart, checked
 from mpfx.graph.recorder import Parts, Recorder
 from mpfx.graph.rehearsal import CallLog, FirstCall, Rehearsal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -87,13 +87,6 @@ class TraceRecord:
         if known is None or known[0] != state:
             self._analyses[name] = known = (state, compute())
         return cast(T, known[1])
-
-
-def paths_around(path: str) -> Iterator[str]:
-    """The paths of the modules that hold the one at ``path``, innermost first; the last one is ""."""
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def record_of(gm: fx.GraphModule) -> TraceRecord:

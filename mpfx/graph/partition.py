@@ -11,8 +11,8 @@ from typing import Any
 from torch import fx, nn
 
 from mpfx.graph.experts import ExpertStack
-from mpfx.graph.linear import is_linear
-from mpfx.graph.live import WHOLE, TraceRecord, live_module, node_info, paths_around, record_of
+from mpfx.graph.linear import is_linear, paths_around
+from mpfx.graph.live import WHOLE, TraceRecord, live_module, node_info, record_of
 
 OUTPUT = "output"
 """The key under which `run_block` returns the result of the last block."""

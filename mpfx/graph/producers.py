@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph.channels import follow_channels
-from mpfx.graph.linear import is_experts, is_linear
-from mpfx.graph.live import TraceRecord, node_info, paths_around, record_of
+from mpfx.graph.linear import is_experts, is_linear, paths_around
+from mpfx.graph.live import TraceRecord, node_info, record_of
 from mpfx.graph.reads import Followed, Read, Rules
 from mpfx.graph.recognition import experts_inputs, likeness, matrix_input, norm_kind
 from mpfx.graph.tags import NO_CHANNEL, Layer, hash_pairs

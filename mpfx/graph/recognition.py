@@ -51,11 +51,15 @@ def likeness(module: nn.Module) -> Hashable:
     """
     state = {name: value for name, value in vars(module).items() if name not in _BARE}
     hooked = any(value != getattr(_BARE_MODULE, name) for name, value in vars(module).items() if name in _HOOKS)
-    if module._modules or module._buffers or hooked or not all(isinstance(v, _PLAIN) for v in state.values()):
+    if module._modules or module._buffers or hooked or not all(map(_is_plain, state.values())):
         return id(module)
     forms = ((name, None if p is None else (p.shape, p.dtype)) for name, p in module._parameters.items())
-    plain = ((name, type(value), value) for name, value in sorted(state.items()))
+    plain = ((name, state[name], repr(state[name])) for name in sorted(state))  # 1 equals True, but for its text
     return type(module), module.training, tuple(plain), tuple(forms)
+
+
+def _is_plain(value: object) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
