@@ -352,6 +352,34 @@ def _generate(options: Namespace) -> int:
     return 0
 
 
+def _bench_compress_parser() -> _Parser:
+    from mpfx.bench.models import PRESETS
+
+    built = _Parser(description="Compress a random model: what every stage takes, its floor, and the plain loop.")
+    built.add_argument(
+        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
+    )
+    built.add_argument("--layers", type=int, help="Of the model. Default: as many as its config says.")
+    built.add_argument("--samples", type=int, default=128, help="Calibration windows of random tokens.")
+    built.add_argument("--length", type=int, default=2048, help="Tokens of a window.")
+    built.add_argument("--batch", type=int, default=4, help="Windows that run at a time.")
+    built.add_argument("--bits", type=float, default=4.0, help="Stored bits per weight.")
+    built.add_argument("--sparsity", type=float, help="Share of the weights to prune.")
+    built.add_argument("--guided", action="store_true", help="Gather and use sensitivities of the loss.")
+    built.add_argument("--plain", type=bool, default=True, help="Run the plain loop on one block too.")
+    built.add_argument("--parts", type=bool, default=True, help="Measure parts of stages too, which takes time.")
+    _add_device(built)
+    return built
+
+
+def _bench_compress(options: Namespace) -> int:
+    from mpfx.bench.compress import CompressConfig, bench
+
+    output = _new_file(options.output)
+    _print_bench(bench(CompressConfig(**_own(options)), on_stage=_tell), output)
+    return 0
+
+
 def _own(options: Namespace) -> dict[str, Any]:
     """The fields of a bench's config."""
     return {name: value for name, value in vars(options).items() if name not in ("output", "log_level")}
@@ -450,6 +478,7 @@ _SUITES = {
     "quality": _Command(_quality_parser, _quality, raw=True),
     "linear": _Command(_linear_parser, _linear, smaller="choose smaller `rows` or `shapes`"),
     "generate": _Command(_generate_parser, _generate, smaller="choose a smaller `model`"),
+    "compress": _Command(_bench_compress_parser, _bench_compress, smaller="lower `batch`, `samples` or `layers`"),
 }
 """What follows ``mpfx bench``."""
 

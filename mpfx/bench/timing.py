@@ -134,3 +134,15 @@ def copy_speed(device: torch.device, cache: int, clock: Stopwatch) -> float:
     target = torch.ones_like(source)
     seconds = clock({"copy": [lambda: target.copy_(source)] * 2})["copy"]
     return 2 * source.nbytes / seconds
+
+
+_SIDE = {"cuda": 8192, "cpu": 2048}  # of the matrices
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype, clock: Stopwatch) -> float:
+    """Floating-point operations per second of a product of large square matrices."""
+    side = _SIDE[device.type]
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds = clock({"product": [lambda: torch.mm(left, right, out=out)] * 2})["product"]
+    return 2 * side**3 / seconds

@@ -38,7 +38,7 @@ from mpfx.graph.operations import (
     unknown_reason,
 )
 from mpfx.graph.reads import Followed, Read, Rules
-from mpfx.graph.recognition import Pointwise, module_function, pointwise
+from mpfx.graph.recognition import Pointwise, likeness, module_function, pointwise
 from mpfx.graph.sampling import SampleSizes, UnknownSizeError
 from mpfx.graph.tags import (
     NO_CHANNEL,
@@ -63,8 +63,13 @@ from mpfx.graph.tags import (
 def follow_channels(gm: fx.GraphModule, rules: Rules) -> Followed:
     """Follow the output channels (last dimension) of all sources through the graph."""
     flow = _Flow(gm, rules)
+    readers = {node: len(node.users) for node in gm.graph.nodes}
     for node in gm.graph.nodes:
         flow.step(node)
+        for read in node.all_input_nodes:
+            readers[read] -= 1
+            if not readers[read]:
+                flow.forget(read)
     return flow.result
 
 
@@ -109,6 +114,10 @@ class _Flow:
                 self._lose(tagged, unknown_reason(node))
         if node.op == "call_module" and node.target in self._rules.sources:
             self._begin(node)
+
+    def forget(self, node: fx.Node) -> None:
+        """Drop the tags of a value that nothing reads any more, which are as large as a sample of it."""
+        self._values.pop(node, None)
 
     def _begin(self, node: fx.Node) -> None:
         path = str(node.target)
@@ -204,7 +213,8 @@ class _Flow:
         if sizes != value.form or not is_float(node):
             raise _Lost(unknown_reason(node))
         args, kwargs = self._sizes.arguments(node.args[1:]), self._sizes.arguments(dict(node.kwargs))
-        key = (node.op, node.target, sizes, repr(args), repr(kwargs))
+        what = likeness(self._modules[str(node.target)]) if node.op == "call_module" else node.target
+        key = (node.op, what, sizes, repr(args), repr(kwargs))
         if key not in self._tried:
             self._tried[key] = pointwise(bind(args, kwargs), sizes)
         found = self._tried[key]
@@ -270,14 +280,14 @@ class _Flow:
         context = None
         for part in (*(t.context for t in tracked), *(positions(form, sizes) for form in unknown)):
             context = mixed(context, part)
-        makers = self.result.makers(torch.cat([layer.ids.unique() for layer in layers]))
+        makers = self.result.makers(torch.stack([layer.ids for layer in layers]))
         here = added_reason(node) if not factors and len(makers) > 1 else None
         return Tags(layers, context, first_sum(tracked) or here)
 
     def _without_lost(self, operand: Operand) -> Operand:
         """An operand all of whose channels are lost already is like one that was never tracked."""
         if isinstance(operand, Tags):
-            ids = torch.cat([layer.ids.unique() for layer in operand.layers])
+            ids = torch.stack([layer.ids for layer in operand.layers])
             if bool(self.result.lost[ids[ids != NO_CHANNEL]].all()):
                 return tuple(operand.form)
         return operand

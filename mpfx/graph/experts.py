@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpfx.graph.compat import storage_key
-from mpfx.graph.linear import is_experts
+from mpfx.graph.linear import is_experts, paths_around
 from mpfx.graph.operands import UnwatchableError
 from mpfx.graph.probing import Arguments, orientations
 from mpfx.graph.products import Product
@@ -84,7 +84,7 @@ def describe_experts(root: nn.Module, calls: Mapping[str, Arguments] | None = No
     facts: dict[str, ExpertsFacts] = {}
     known: dict[object, ExpertsFacts] = {}
     for path, module in root.named_modules():
-        if not path or not is_experts(module) or _inside(path, facts):
+        if not path or not is_experts(module) or not facts.keys().isdisjoint(paths_around(path)):
             continue
         reason = _dense_reason(module, owners, holders, memories)
         if reason is not None:
@@ -178,10 +178,6 @@ def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's parameters ``(experts, ., .)``; one with a dimension of size 1 is a bias, or a scale."""
     own = ((n, p) for n, p in module._parameters.items() if p is not None)
     return {n: p for n, p in own if p.dim() == 3 and min(p.shape) > 1}
-
-
-def _inside(path: str, others: Mapping[str, object]) -> bool:
-    return any(path.startswith(f"{other}.") for other in others)
 
 
 def _dense_reason(module: nn.Module, owners: Counter[int], holders: Counter[int], memories: Counter[int]) -> str | None:

@@ -15,7 +15,7 @@ from mpfx.graph.compat import FakeTensor, is_transformed, size_hint
 from mpfx.graph.errors import Diagnosis, FixedSizeError, ImageSizeError, TraceError, diagnose, trace_error
 from mpfx.graph.experts import describe_experts
 from mpfx.graph.isolation import AutocastState, hook_keys, undisturbed
-from mpfx.graph.linear import describe_linears, is_experts, is_leaf, is_linear
+from mpfx.graph.linear import describe_linears, is_experts, is_leaf, is_linear, paths_around
 from mpfx.graph.live import META_KEY, TraceRecord, live_module, node_info
 from mpfx.graph.opaque import OpaquePart, checked
 from mpfx.graph.recorder import Parts, Recorder
@@ -202,11 +202,14 @@ class Ladder:
         if any(path in self._parts.learned for path in recorder.called):
             with undisturbed(self._module, self._autocast):
                 self._rehearsal.run(log)
-        return {path: self._opaque_part(path, log) for path in recorder.called}
+        inside: dict[str, list[str]] = {path: [] for path in recorder.called}
+        for path in log.order:
+            for part in filter(inside.__contains__, paths_around(path)):
+                inside[part].append(path)
+        return {path: self._opaque_part(path, inside[path], log) for path in recorder.called}
 
-    def _opaque_part(self, path: str, log: CallLog) -> OpaquePart:
+    def _opaque_part(self, path: str, inside: list[str], log: CallLog) -> OpaquePart:
         problem = self._problems[path]
-        inside = [other for other in log.order if _is_inside(other, path)]
         calls = tuple(p for p in inside if is_linear(self._modules[p]) or is_experts(self._modules[p]))
         return OpaquePart(**vars(problem), inside=dict(self._inside(path, path, log.first)), calls=calls)
 
@@ -224,7 +227,7 @@ class Ladder:
 
     def _is_traced_inside(self, path: str) -> bool:
         """Whether the first call of a module is kept, as the module is traced alone."""
-        return not is_leaf(self._modules[path]) and any(_is_inside(path, part) for part in self._parts.opaque)
+        return not is_leaf(self._modules[path]) and not self._parts.opaque.isdisjoint(paths_around(path))
 
 
 def _holders(modules: Mapping[str, nn.Module]) -> frozenset[str]:
@@ -242,10 +245,6 @@ def _is_list_of_layers(module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList):
         return bool(kinds)
     return isinstance(module, nn.Sequential) and len(kinds) > len(set(kinds))
-
-
-def _is_inside(path: str, part: str) -> bool:
-    return path != part and (not part or path.startswith(f"{part}."))
 
 
 def _traced_alone(module: nn.Module, first: FirstCall) -> fx.GraphModule | None:

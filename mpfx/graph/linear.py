@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,13 @@ class LinearFacts:
     out_features: int
     dense_reason: str | None
     transposed: bool = False
+
+
+def paths_around(path: str) -> Iterator[str]:
+    """The paths of the modules that hold the one at ``path``, innermost first; the last one is ""."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def is_linear(module: nn.Module) -> bool:

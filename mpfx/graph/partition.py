@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from mpfx.graph.experts import ExpertStack
-from mpfx.graph.linear import is_linear
+from mpfx.graph.linear import is_linear, paths_around
 from mpfx.graph.live import WHOLE, TraceRecord, live_module, node_info, record_of
 
 OUTPUT = "output"
@@ -189,7 +189,7 @@ def _units(part: _Part, record: TraceRecord, labels: set[str]) -> Iterator[tuple
     outer = {path for node in part.nodes for path in (*node_info(node).stack, str(node.target)) if path in labels}
 
     def repeated_child(path: str) -> str | None:
-        return next((p for p in _ancestors(path) if p in labels and p not in outer), None)
+        return next((p for p in paths_around(path) if p in labels and p not in outer), None)
 
     for _, paths in groupby(dict.fromkeys(_sites_called(part, record)), key=repeated_child):
         yield tuple(paths)
@@ -200,7 +200,7 @@ def _units(part: _Part, record: TraceRecord, labels: set[str]) -> Iterator[tuple
 
 def _repeated_children(record: TraceRecord) -> set[str]:
     """Paths of the children of the outermost lists of modules that have linear layers or experts inside."""
-    above = {prefix for path in record.linears.keys() | record.experts for prefix in _ancestors(path)}
+    above = {prefix for path in record.linears.keys() | record.experts for prefix in paths_around(path)}
     labels: set[str] = set()
     for path, module in record.model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(_inside(path, label) for label in labels):
@@ -226,17 +226,11 @@ def _called_children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Mod
 def _above(path: str) -> Iterator[str]:
     """A path and those above it: lists are never called, so they are in no stack."""
     yield path
-    yield from _ancestors(path)
+    yield from paths_around(path)
 
 
 def _inside(path: str, label: str) -> bool:
     return path == label or path.startswith(label + ".")
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _split_at_children(nodes: Sequence[fx.Node], labels: set[str]) -> list[_Part]:

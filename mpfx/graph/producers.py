@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph.channels import follow_channels
-from mpfx.graph.linear import is_experts, is_linear
+from mpfx.graph.linear import is_experts, is_linear, paths_around
 from mpfx.graph.live import TraceRecord, node_info, record_of
 from mpfx.graph.reads import Followed, Read, Rules
-from mpfx.graph.recognition import experts_inputs, matrix_input, norm_kind
+from mpfx.graph.recognition import experts_inputs, likeness, matrix_input, norm_kind
 from mpfx.graph.tags import NO_CHANNEL, Layer, hash_pairs
 
 ProducerKind = Literal["norm", "norm_plus_one", "linear"]
@@ -147,12 +147,14 @@ class _Participants:
         self._modules = dict(record.model.named_modules(remove_duplicate=False))
         self._calls = _calls(gm)
         self._entered = {path for node in gm.graph.nodes for path in node_info(node).stack}
-        self._opaque = [path for path in self._calls if self._runs_whole(path)]
+        self._opaque = {path for path in self._calls if self._runs_whole(path)}
         self._read_directly = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
         modules = list(record.model.modules())
         self._holders = Counter(id(child) for m in modules for child in m._modules.values())
         self._owners = Counter(_memory(p) for m in modules for p in m._parameters.values() if p is not None)
         self._may_read: dict[tuple[str, int], bool] = {}
+        self._norms: dict[Hashable, ProducerKind | None] = {}
+        self._matrices: dict[tuple[Hashable, int], int | None] = {}
 
     def kinds(self) -> Iterator[tuple[str, ProducerKind]]:
         """Every module whose output channels are to be followed, in graph order."""
@@ -181,7 +183,7 @@ class _Participants:
         return (facts.dense_reason if facts is not None else None) or next(found, None)
 
     def _lies_in_opaque(self, path: str) -> bool:
-        return any(path != part and path.startswith(f"{part}." if part else "") for part in self._opaque)
+        return not self._opaque.isdisjoint(paths_around(path))
 
     def may_read(self, call: fx.Node, width: int) -> bool:
         """Whether the called module reads ``width`` channels of its first argument as columns of a matrix."""
@@ -196,25 +198,34 @@ class _Participants:
             return self._record.linears[path].in_features == width
         if is_experts(module):
             return experts_inputs(module, width) is not None
-        return matrix_input(module, width) is not None
+        key = likeness(module), width
+        if key not in self._matrices:
+            self._matrices[key] = matrix_input(module, width)
+        return self._matrices[key] is not None
 
     def _kind(self, path: str) -> ProducerKind | None:
         if path in self._record.linears:
             return "linear"
-        return norm_kind(self._modules[path]) if path in self._modules else None
+        if path not in self._modules:
+            return None
+        key = likeness(self._modules[path])
+        if key not in self._norms:
+            self._norms[key] = norm_kind(self._modules[path])
+        return self._norms[key]
 
     def idle(self) -> Iterator[tuple[int, str]]:
         """Modules that another call of the model may run: the width that they read, and their path."""
         parts = self._record.opaque.values()
         called = {*self._calls, *(path for part in parts for path in part.calls)} - {part.path for part in parts}
         entered = {*self._entered, *(part.path for part in parts)}
-        below = tuple(f"{path}." for path in called)  # what belongs to a module that is called as a whole
-        inside = tuple(f"{part.path}." if part.path else "" for part in parts)
+        opaque = {part.path for part in parts}
         everywhere = dict(self._record.model.named_modules(remove_duplicate=False))
         running = {id(everywhere[path]) for path in called | entered if path in everywhere}
         for path, module in self._modules.items():
             layer = path in self._record.linears or path in self._record.experts
-            seen = id(module) in running or path.startswith(below) or (not layer and path.startswith(inside))
+            # What lies in a module that is called as a whole belongs to it.
+            seen = id(module) in running or not called.isdisjoint(paths_around(path))
+            seen = seen or (not layer and not opaque.isdisjoint(paths_around(path)))
             if seen or isinstance(module, nn.Embedding):
                 continue
             if path in self._record.linears:
@@ -415,20 +426,23 @@ def _scale_folds(analysis: _Analysis) -> Iterator[ScaleFold]:
 def _permutation_folds(analysis: _Analysis) -> Iterator[PermutationFold]:
     groups: dict[tuple[bytes, ...], list[str]] = defaultdict(list)
     readers = torch.zeros(len(analysis.followed.lost), dtype=torch.int64)  # of every id
+    by_path = {producer.path: producer for producer in analysis.producers}
     for path, read in analysis.reads.items():
         groups[_ids_key(read)].append(path)
-        ids = torch.cat([layer.ids for layer in read.layers]).unique()
-        readers[ids[ids != NO_CHANNEL]] += 1
+        ids = torch.cat([layer.ids for layer in read.layers])
+        readers[ids[ids != NO_CHANNEL]] += 1  # once, however often an id is there
     for paths in groups.values():
         ids = torch.stack([layer.ids for layer in analysis.reads[paths[0]].layers])
         closed = not bool((ids == NO_CHANNEL).any()) and not bool(analysis.followed.lost[ids].any())
         if closed and analysis.linears.issuperset(paths) and bool((readers[ids] == len(paths)).all()):
-            fold = _permutation_fold(paths, ids, analysis)
+            fold = _permutation_fold(paths, ids, analysis, by_path)
             if fold is not None:
                 yield fold
 
 
-def _permutation_fold(paths: Sequence[str], ids: Tensor, analysis: _Analysis) -> PermutationFold | None:
+def _permutation_fold(
+    paths: Sequence[str], ids: Tensor, analysis: _Analysis, by_path: Mapping[str, Producer]
+) -> PermutationFold | None:
     """The fold of channels ``ids (layers, in)`` that the linear layers ``paths`` and nothing else read."""
     key = torch.zeros_like(ids[0])
     for row in ids:
@@ -446,7 +460,6 @@ def _permutation_fold(paths: Sequence[str], ids: Tensor, analysis: _Analysis) ->
     places.add(unit, image)
     cell = _numbered(places.signatures)
     makers = [analysis.followed.makers(row) for row in units]
-    by_path = {producer.path: producer for producer in analysis.producers}
     known = all(len(paths) == 1 and by_path[paths[0]].kind == "linear" for paths in makers)
     if not known or not bool((torch.bincount(cell) > 1).any()):
         return None

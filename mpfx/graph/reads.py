@@ -60,15 +60,14 @@ class Followed:
 
     def lose(self, ids: Tensor, reason: str) -> None:
         """Note that the channels with these ids go elsewhere too."""
-        ids = ids.unique()
         ids = ids[ids != NO_CHANNEL]
         self.lost[ids] = True
         for path in self.makers(ids):
             self.reasons.setdefault(path, reason)
 
     def makers(self, ids: Tensor) -> list[str]:
-        """Paths of the modules that make the channels with these ids."""
-        owners = self._owners[ids[ids != NO_CHANNEL]]
+        """Paths of the modules that make the channels with these ids, in graph order."""
+        owners = self._owners[ids[ids != NO_CHANNEL]].unique_consecutive()  # neighbours mostly have the same
         return [self._paths[owner] for owner in owners.unique().tolist()]
 
     @classmethod

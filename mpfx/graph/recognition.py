@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,12 @@ _RELATIVE_ERROR = 1e-5  # modules may compute in float32 inside
 _FACTORS = (1e-20, 3.0, 1e20)  # far apart, so that a clamp or a softened linear part shows
 
 
+_PLAIN = (bool, int, float, str, torch.dtype, types.NoneType, types.FunctionType, types.BuiltinFunctionType)
+_BARE_MODULE = nn.Module()
+_BARE = frozenset(vars(_BARE_MODULE))
+_HOOKS = frozenset(name for name in _BARE if "hook" in name)
+
+
 @dataclass(frozen=True)
 class Pointwise:
     """An operation whose result at a position depends on the input at this position only.
@@ -31,6 +38,28 @@ class Pointwise:
 
     homogeneous: bool
     uniform: bool
+
+
+def likeness(module: nn.Module) -> Hashable:
+    """A key that only modules share which compute the same, whatever the values of their parameters.
+
+    Layers of a model repeat their modules, so that one trial tells about all of them.
+
+    Returns:
+        For a childless module without buffers and hooks, whose attributes are plain values and functions: its type,
+        these, and the form of its parameters. For any other its id.
+    """
+    state = {name: value for name, value in vars(module).items() if name not in _BARE}
+    hooked = any(value != getattr(_BARE_MODULE, name) for name, value in vars(module).items() if name in _HOOKS)
+    if module._modules or module._buffers or hooked or not all(map(_is_plain, state.values())):
+        return id(module)
+    forms = ((name, None if p is None else (p.shape, p.dtype)) for name, p in module._parameters.items())
+    plain = ((name, state[name], repr(state[name])) for name in sorted(state))  # 1 equals True, but for its text
+    return type(module), module.training, tuple(plain), tuple(forms)
+
+
+def _is_plain(value: object) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:

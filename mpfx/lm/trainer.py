@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ def quiet_lightning() -> Iterator[None]:
 
 def make_trainer(
     accelerator: str = "auto",
-    devices: int | Literal["auto"] = "auto",
+    devices: int | Sequence[int] | Literal["auto"] = "auto",
     precision: Any = "32-true",
     callbacks: Iterable[Callback] = (),
     progress: bool = True,
@@ -51,7 +51,7 @@ def make_trainer(
 
     Args:
         accelerator: Lightning's name of the device kind: ``"auto"``, ``"cpu"``, ``"gpu"``, ...
-        devices: How many devices, or all of them.
+        devices: How many devices, which ones, or all of them.
         precision: Lightning's name of the compute precision, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         callbacks: Callbacks to attach, in order.
         progress: Whether to show a progress bar.
@@ -59,7 +59,7 @@ def make_trainer(
     with quiet_lightning():
         return Trainer(
             accelerator=accelerator,
-            devices=devices,
+            devices=devices if isinstance(devices, (int, str)) else list(devices),
             precision=precision,
             callbacks=list(callbacks),
             logger=False,

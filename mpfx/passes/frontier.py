@@ -1,7 +1,7 @@
 """The frontier of a traced model: what every unit of channels costs at every width, and harms."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,7 +44,9 @@ def measured_frontier(
         moments: of the dense model's inputs by name of the group; Hessians guided by the loss, or not.
     """
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
-    found, features = zip(*(_measured(gm, group, config, moments[group.name], empty) for group in groups), strict=True)
+    drafts = _drafts(gm, groups, config, lambda group: moments[group.name].hessian.diagonal())
+    measured = (_measured(gm, *pair, config, moments[pair[0].name], empty) for pair in zip(groups, drafts, strict=True))
+    found, features = zip(*measured, strict=True)
     frontier = replace(empty, groups=found)
     if config.distortion == "measured":
         return frontier
@@ -54,10 +56,14 @@ def measured_frontier(
 
 
 def _measured(
-    gm: fx.GraphModule, group: InputGroup, config: CompressionConfig, moments: Moments, empty: Frontier
+    gm: fx.GraphModule,
+    group: InputGroup,
+    draft: GroupFrontier,
+    config: CompressionConfig,
+    moments: Moments,
+    empty: Frontier,
 ) -> tuple[GroupFrontier, Tensor]:
     """The frontier of one group, and the signals of its units ``(units, signals)``."""
-    draft = _draft(gm, group, config, moments.hessian.diagonal())
     order = draft.order.to(moments.hessian.device)
     moments = moments.reordered(order)
     with naming_sites(group):
@@ -76,12 +82,21 @@ def _measured(
 def unmeasured_frontier(gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig) -> Frontier:
     """The frontier with made-up distortions: sizes, limits and ties can be checked before anything is measured."""
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
-    drafts = [_draft(gm, group, config, torch.zeros(group.sites[0].in_features)) for group in groups]
+    drafts = _drafts(gm, groups, config, lambda group: torch.zeros(group.sites[0].in_features))
     return replace(empty, groups=tuple(with_curves(draft, empty, config.patterns, None) for draft in drafts))
 
 
-def _draft(gm: fx.GraphModule, group: InputGroup, config: CompressionConfig, score: Tensor) -> GroupFrontier:
-    fold, free = _fold(gm, group, config)
+def _drafts(
+    gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, score: Callable[[InputGroup], Tensor]
+) -> Iterator[GroupFrontier]:
+    folds = annotations(gm, FOLD) if config.fold_permutations else {}
+    return (_draft(group, folds.get(group.name), config, score(group)) for group in groups)
+
+
+def _draft(
+    group: InputGroup, located: PermutationFold | None, config: CompressionConfig, score: Tensor
+) -> GroupFrontier:
+    fold, free = _usable(located, config)
     return GroupFrontier(
         name=group.name,
         rows={site.path: site.out_features for site in group.sites},
@@ -93,9 +108,8 @@ def _draft(gm: fx.GraphModule, group: InputGroup, config: CompressionConfig, sco
     )
 
 
-def _fold(gm: fx.GraphModule, group: InputGroup, config: CompressionConfig) -> tuple[PermutationFold | None, bool]:
-    """How the group's channels can be reordered without a gather, and whether in any order."""
-    fold = annotations(gm, FOLD).get(group.name) if config.fold_permutations else None
+def _usable(fold: PermutationFold | None, config: CompressionConfig) -> tuple[PermutationFold | None, bool]:
+    """How a group's channels can be reordered without a gather, and whether in any order."""
     if fold is not None and not is_free(fold) and config.grid.group_size is None:
         fold = None  # row scales: one for every stretch of equal width, so these have to be long
     return fold, fold is None or is_free(fold)

@@ -1,6 +1,7 @@
 """Scale channels before they are rounded, where the graph allows to divide the scale out again for free."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -76,10 +77,13 @@ def search(
 
 def _scalable(gm: fx.GraphModule) -> Iterator[tuple[InputGroup, ScaleFold, Tensor]]:
     """Input groups with the fold that scales their whole input, and the unit of every channel."""
-    folds = scale_folds(gm)
+    folds: dict[str, list[ScaleFold]] = defaultdict(list)  # by what reads them, in graph order
+    for fold in scale_folds(gm):
+        for path in dict.fromkeys(path for path, _ in fold.consumers):
+            folds[path].append(fold)
     for group in located(gm):
         paths = {site.path for site in group.sites}
-        for fold in folds:
+        for fold in folds[group.sites[0].path]:
             units = [unit for path, unit in fold.consumers if path in paths]
             if len(units) == len(paths) and all(torch.equal(unit, units[0]) for unit in units) and units[0].min() >= 0:
                 yield group, fold, units[0]
