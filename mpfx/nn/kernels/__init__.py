@@ -65,7 +65,7 @@ def _plain(x: Tensor) -> bool:
 def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
     device, rows = x.device.type, x.numel() // max(x.shape[-1], 1)
     known = x.dtype in _KERNEL_DTYPES and rows > 0
-    if known and device == "cuda" and weight.mask is None and _has_triton():
+    if known and device == "cuda" and weight.mask is None and has_triton():
         from mpfx.nn.kernels.cuda import cuda_linear
 
         out = cuda_linear(x.reshape(rows, -1), weight, permutation, bias)
@@ -82,7 +82,8 @@ def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tens
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton, which the CUDA kernels are written in, is installed."""
     return find_spec("triton") is not None
 
 
