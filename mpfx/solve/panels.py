@@ -144,7 +144,7 @@ def base_of_rows(row_base_ptr, row, live, CODED: tl.constexpr):
     return base
 
 
-@triton.jit(do_not_specialize=["grid", "start", "stop", "channels", "bits"])
+@triton.jit(do_not_specialize=["grid", "start", "stop", "channels", "rows", "bits"])
 def fit_kernel(
     work_ptr, pruned_ptr, inverse_ptr, factors_ptr, steps_ptr, row_base_ptr, group_base_ptr,
     scale_ptr, zero_ptr, code_ptr, grid, start, stop, channels, rows, bits,
@@ -207,7 +207,7 @@ def make_up(work_ptr, upper_ptr, errors, rows, stride, live, COUNT: tl.constexpr
         tl.store(work_ptr + i * rows, weights[i], mask=live)
 
 
-@triton.jit(do_not_specialize=["first", "last", "channels"])
+@triton.jit(do_not_specialize=["first", "last", "channels", "rows", "stride"])
 def panel_kernel(
     work_ptr, pruned_ptr, codes_ptr, errors_ptr, upper_ptr, inverse_ptr, table_ptr,
     factors_ptr, steps_ptr, row_base_ptr, group_base_ptr, scale_ptr, zero_ptr, code_ptr,

@@ -10,7 +10,7 @@ _CHUNK, _CHUNK_CUDA = 2048, 8192
 """Tokens that are scaled and multiplied at a time: more of them take memory, and gain nothing."""
 
 _BLOCK, _BLOCK_CUDA = 192, 2048
-"""Channels of a symmetric product that are computed at a time, without what is left of them."""
+"""Channels of a product that are computed at a time: of a symmetric one, without what is left of them."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,10 @@ class MomentAccumulator:
         self._square += _squares(x)
         roots, share = (None, None) if weights is None else _roots(weights)
         scaled = _scaled(x, roots)
-        self._add_outer(scaled, share)
+        _add_blocks(self._outer, scaled, scaled, share, upper=True)
         if reference is not None:
             self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
-            _add_product(self._drift, _scaled(reference.to(x.dtype) - x, roots), scaled, share)
-
-    def _add_outer(self, x: Tensor, share: Tensor | None) -> None:
-        """Add ``share x^T x``: blocks on the diagonal and right of it."""
-        size = _BLOCK if x.device.type == "cpu" else _BLOCK_CUDA
-        for start in range(0, len(self._outer), size):
-            rows = slice(start, start + size)
-            _add_product(self._outer[rows, start:], x[:, rows], x[:, start:], share)
+            _add_blocks(self._drift, _scaled(reference.to(x.dtype) - x, roots), scaled, share)
 
     def merge(self, other: Self) -> None:
         """Add what another accumulator saw."""
@@ -165,6 +158,14 @@ def _squares(x: Tensor) -> Tensor:
         return x.square().sum(0)
     norms: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
     return norms.square()
+
+
+def _add_blocks(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None, *, upper: bool = False) -> None:
+    """Add ``share left^T right``, some rows at a time; of a symmetric one only what is not left of the diagonal."""
+    size = _BLOCK if total.device.type == "cpu" else _BLOCK_CUDA
+    for start in range(0, len(total), size):
+        rows, first = slice(start, start + size), start if upper else 0
+        _add_product(total[rows, first:], left[:, rows], right[:, first:], share)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None) -> None:
