@@ -1,7 +1,7 @@
 """Watch a module during a validation loop: its real calls, what its Linears read, and what they mean to the loss."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from mpfx.passes import (
     padding_masks,
     run_passes,
 )
-from mpfx.stats import Moments
+from mpfx.stats import MomentAccumulator, Moments
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
 """From a module and a batch to a scalar loss that can be differentiated: the mean over the batch's samples, or over its
@@ -48,25 +48,27 @@ class CallRecorder:
         module: whose calls are recorded.
         prepare: called once, with the arguments of the first call, before that call runs. Returns the traced module
             and the input groups to observe (none: only the calls are recorded).
+        tokens: that suffice for the statistics; calls after that are only recorded. None: all count.
     """
 
     def __init__(
         self,
         module: nn.Module,
         prepare: Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, list[InputGroup]]],
+        tokens: int | None = None,
     ) -> None:
         self.module = module
         self.graph_module: fx.GraphModule | None = None
         self.calls: list[dict[str, Any]] = []
         self.reading = Reading()
-        self._prepare = prepare
+        self._prepare, self._tokens, self._paused = prepare, tokens, False
         self._hooks = ExitStack()
-        self._accumulators: dict[str, Any] = {}
+        self._accumulators: dict[str, MomentAccumulator] = {}
         self._groups: list[InputGroup] = []
 
     def open(self) -> None:
         """Start to listen."""
-        handle = self.module.register_forward_pre_hook(self._record, with_kwargs=True)
+        handle = self.module.register_forward_pre_hook(self._listen, with_kwargs=True)
         self._hooks.callback(handle.remove)
 
     def close(self) -> None:
@@ -76,20 +78,29 @@ class CallRecorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, calls are not recorded."""
-        before, self.reading = self.reading, Reading(paused=True)
+        before, self.reading, self._paused = self.reading, Reading(paused=True), True
         try:
             yield
         finally:
-            self.reading = before
+            self.reading, self._paused = before, False
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether enough tokens were observed: no call has to run any more to be recorded."""
+        seen = max((sums.tokens for sums in self._accumulators.values()), default=0)
+        return self._tokens is not None and seen >= self._tokens
 
     def take_moments(self) -> dict[str, Moments]:
         """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
         taken = finalised(self._accumulators, self._groups)
         return {group.name: moments for group, moments, _ in taken if moments is not None}
 
-    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.reading.paused:
-            return
+    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._paused:
+            self.record(args, kwargs)
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a call with these arguments, whether it is made or not."""
         # A validation loop runs in inference mode; what is recorded has to live on outside of it.
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
@@ -97,7 +108,7 @@ class CallRecorder:
                 self._start(args, kwargs)
             assert self.graph_module is not None
             values = bind_inputs(self.graph_module, args, kwargs)
-            self.reading = Reading(padding_masks(values))
+            self.reading = Reading(padding_masks(values), paused=self.satisfied)
             self.calls.append(pytree.tree_map_only(Tensor, lambda t: t.to("cpu"), values))
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,13 +161,46 @@ class ModelCalibration(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.done or trainer.state.fn != TrainerFn.VALIDATING:
             return
+        self._begin(trainer, pl_module)
+
+    def take_calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calls: Iterable[dict[str, Any]]) -> None:
+        """Gather all that is needed without a validation loop, where it is known how the module would be called.
+
+        The module runs no more often than it has to be observed (:attr:`tokens`), which may be never.
+
+        Args:
+            trainer: whose precision is computed in; it does not run.
+            pl_module: on the device to compute on.
+            calls: keyword arguments of every call of the target module, on that device.
+        """
+        recorder = self._begin(trainer, pl_module)
+        try:
+            with torch.inference_mode(), trainer.precision_plugin.forward_context():
+                for call in calls:
+                    if recorder.satisfied:
+                        recorder.record((), call)
+                    else:
+                        recorder.module(**call)
+        except BaseException:
+            self._drop()
+            raise
+        self._end(trainer, pl_module, recorder)
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens the module has to be observed on; None: all that there are."""
+        counts = [config.observed_tokens for config in self.configs]
+        return None if None in counts else max(count for count in counts if count is not None)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CallRecorder:
         if trainer.world_size > 1:
             raise ValueError(
                 f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
             )
-        self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
+        self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module), self.tokens)
         self._recorder.open()
         self._started = time.perf_counter()
+        return self._recorder
 
     @override
     def on_validation_batch_start(
@@ -219,9 +263,10 @@ class ModelCalibration(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._recorder is None:
-            return
-        recorder = self._recorder
+        if self._recorder is not None:
+            self._end(trainer, pl_module, self._recorder)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, recorder: CallRecorder) -> None:
         recorder.close()
         other = self.seconds.get("trace", 0.0) + self.seconds.get("sense", 0.0)
         self.seconds["observe"] = time.perf_counter() - self._started - other

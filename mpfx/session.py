@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpfx.allocate import Domain, relative_gap
 from mpfx.callbacks import ModelCalibration
@@ -147,10 +148,20 @@ class Session:
                 for name, data in self._texts.items()
             }
 
-    def loop(self, callback: Callback) -> None:
-        """Run the calibration data through the model, watched by a callback."""
-        config = self.config
-        validate(trainer_of(config.trainer, config.progress, callback), self.module, self.data.calibration_dataloader())
+    def loop(self, callback: ModelCalibration) -> None:
+        """Run the calibration data through the model, watched by a callback; no more of it than has to be watched."""
+        trainer, batches = (
+            trainer_of(self.config.trainer, self.config.progress, callback),
+            self.data.calibration_dataloader(),
+        )
+        if callback.tokens is None:
+            validate(trainer, self.module, batches)
+            return
+        device = trainer.strategy.root_device
+        trainer.precision_plugin.convert_module(self.module).to(device)
+        inputs = (model_inputs(self.source.model, batch) for batch in batches)
+        moved = (pytree.tree_map_only(Tensor, lambda t: t.to(device), values) for values in inputs)
+        callback.take_calls(trainer, self.module, moved)
 
     def calibrate(self, configs: Sequence[CompressionConfig]) -> None:
         """Measure the dense model and gather, in one loop, all that these configs need; :meth:`check` them before."""

@@ -18,9 +18,12 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import mpfx
 from mpfx.allocate import load_frontier, load_plan
+from mpfx.callbacks import ModelCompression
 from mpfx.cli import main
 from mpfx.config import RunConfig, parse_run
+from mpfx.lm import evaluate, make_trainer
 from mpfx.nn import MixedPrecisionLinear
+from mpfx.session import Session
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{i}" for i in range(100)]
@@ -60,6 +63,25 @@ def arguments(folder: Path, output: Path, *more: str, config: str = "opt-125m") 
         *("--evaluation.samples", "8", "--evaluation.length", "32", "--output", str(output)),
         *("--trainer.accelerator", "cpu", "--progress", "false", *more),
     ]
+
+
+def test_what_observes_nothing_equals_a_loop_that_runs_the_model(folder: Path, tmp_path: Path) -> None:
+    assert main(arguments(folder, tmp_path / "out", "--allocation", "fixed")) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["seconds"]["observe"] < report["seconds"]["solve"]
+    fields = {**yaml.safe_load((ROOT / "configs" / "opt-125m.yaml").read_text()), "allocation": "fixed"}
+    fields["calibration"] |= {"data": f"{folder / 'c4'}:en:train", "samples": 8, "length": 32}
+    fields["evaluation"] |= {"data": f"{folder / 'c4'}:en:validation", "samples": 8, "length": 32}
+    config = parse_run({**fields, "model": str(folder / "opt"), "trainer": {"accelerator": "cpu"}, "progress": False})
+    session, callback = Session(config), ModelCompression(config, module="model", progress=False)
+    assert callback.tokens == 0
+    evaluate(
+        make_trainer("cpu", callbacks=[callback], progress=False), session.module, session.data.calibration_dataloader()
+    )
+    stored = mpfx.load(tmp_path / "out").state_dict()
+    expected = session.source.model.state_dict()
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in expected.items())
 
 
 def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

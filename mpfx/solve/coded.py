@@ -1,5 +1,6 @@
 """Grids whose scales are coded: the bases before the sweep, then four bits a row and group as the sweep gets there."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,9 @@ def fit_bases(weight: Tensor, layout: Layout, config: GridConfig) -> ScaleBases:
     Raises:
         ValueError: if weights are NaN, or so large that no float16 base can hold them.
     """
-    spans = [extent(weight[group.start : group.stop], config)[1] for group in layout.grids]
-    if not spans:
+    if not layout.grids:
         return ScaleBases(weight.new_ones(weight.shape[1]), weight.new_ones(0))
-    ranges = torch.stack(spans)  # (grids, rows)
+    ranges = _ranges(weight, layout, config)
     if bool(ranges.isnan().any()):
         raise ValueError("the weights hold NaN: the layer is damaged.")
     octaves = ranges.masked_fill(ranges == 0, torch.nan).log2()
@@ -65,8 +65,26 @@ def fit_bases(weight: Tensor, layout: Layout, config: GridConfig) -> ScaleBases:
     return ScaleBases(row, group)
 
 
+def _ranges(weight: Tensor, layout: Layout, config: GridConfig) -> Tensor:
+    """What the grids span, ``(grids, rows)``; groups of as many channels in one go."""
+    ranges = weight.new_empty(len(layout.grids), weight.shape[1])
+    alike: dict[int, list[int]] = defaultdict(list)
+    for index, group in enumerate(layout.grids):
+        alike[group.channels].append(index)
+    for channels, members in alike.items():
+        starts = torch.tensor([layout.grids[index].start for index in members], device=weight.device)
+        parts = weight[starts[:, None] + torch.arange(channels, device=weight.device)]  # (groups, channels, rows)
+        ranges[torch.tensor(members, device=weight.device)] = extent(parts, config)[1]
+    return ranges
+
+
 def _headroom(layout: Layout) -> float:
     return _HEADROOM_LEFT_OUT if LEFT_OUT in layout.widths else _HEADROOM
+
+
+def tried(config: GridConfig) -> int:
+    """How many codes a scale is chosen from: the largest that clips nothing, and finer ones."""
+    return _TRIED if config.clip_search else _AROUND
 
 
 def fit_coded_grid(weight: Tensor, bits: int, config: GridConfig, base: Tensor) -> tuple[Grid, Tensor]:
@@ -92,7 +110,7 @@ def fit_coded_grid(weight: Tensor, bits: int, config: GridConfig, base: Tensor) 
     span = torch.where(span == 0, base, span)
     zero = zero_points(low, span, bits, config)  # the same for every range: low shrinks along with it
     covering = (4 * (base / span).log2()).floor_().clamp_(min=0)
-    finer = torch.arange(_TRIED if config.clip_search else _AROUND, device=weight.device)
+    finer = torch.arange(tried(config), device=weight.device)
     codes = (covering[:, None] + finer).clamp_(max=len(FACTORS) - 1).int()  # (rows, candidates)
     scales = scale_values(base[:, None], codes, [bits] * len(finer))
     errors = torch.stack([rounding_error(weight, Grid(scale, zero, bits)) for scale in scales.t()], 1)

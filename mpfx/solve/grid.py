@@ -92,7 +92,7 @@ def fit_grid(weight: Tensor, bits: int, config: GridConfig) -> Grid:
     if not config.clip_search:
         return best
     least = rounding_error(weight, best)
-    for shrink in _SHRINKS[1:]:
+    for shrink in shrinks(config)[1:]:
         trial = Grid(as_float16(span * (shrink / top)), zero, bits)
         error = rounding_error(weight, trial)
         best = Grid(torch.where(error < least, trial.scale, best.scale), zero, bits)
@@ -100,9 +100,19 @@ def fit_grid(weight: Tensor, bits: int, config: GridConfig) -> Grid:
     return best
 
 
+def shrinks(config: GridConfig) -> tuple[float, ...]:
+    """The shares of the whole range that are tried."""
+    return _SHRINKS if config.clip_search else _SHRINKS[:1]
+
+
 def extent(weight: Tensor, config: GridConfig) -> tuple[Tensor, Tensor]:
-    """The least value that a grid over weights ``(channels, rows)`` has to reach, and its whole range, ``(rows,)``."""
-    low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
+    """The least value that a grid has to reach, and its whole range, ``(..., rows)``.
+
+    Args:
+        weight: ``(..., channels, rows)``.
+        config: symmetric or not.
+    """
+    low, high = weight.amin(-2).clamp_(max=0), weight.amax(-2).clamp_(min=0)
     if config.symmetric:
         high = torch.maximum(high, -low)
         low = -high

@@ -76,6 +76,10 @@ def prune_lowest(saliency: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(saliency, dtype=torch.bool)
+    if saliency.device.type == "cuda":  # where selecting runs on a single multiprocessor, and sorting on all
+        pruned = torch.zeros_like(saliency, dtype=torch.bool)
+        pruned.view(-1)[saliency.flatten().sort(stable=True).indices[:count]] = True
+        return pruned
     threshold = saliency.flatten().kthvalue(count).values
     pruned = saliency < threshold
     ties = (saliency == threshold).flatten().nonzero()[: count - int(pruned.sum()), 0]

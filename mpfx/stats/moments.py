@@ -6,6 +6,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+_CHUNK, _CHUNK_CUDA = 2048, 8192
+"""Tokens that are scaled and multiplied at a time: more of them take memory, and gain nothing."""
+
+_BLOCK, _BLOCK_CUDA = 192, 2048
+"""Channels of a product that are computed at a time: of a symmetric one, without what is left of them."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -55,38 +61,50 @@ class MomentAccumulator:
         def zeros(*shape: int, dtype: torch.dtype = exact) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._outer = zeros(in_features, in_features, dtype=torch.float32)
+        self._outer = zeros(in_features, in_features, dtype=torch.float32)  # blocks below the diagonal: not in use
         self._absolute, self._sum, self._square = zeros(in_features), zeros(in_features), zeros(in_features)
         self._drift: Tensor | None = None
         self.tokens = 0
 
     @torch.no_grad()
     def update(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
-        """Add the tokens of one batch.
+        """Add the tokens of one batch, a few thousand at a time.
+
+        Half-precision inputs are multiplied as they are on CUDA devices, their products summed in float32; everywhere
+        else, and other inputs, in float32. There tokens with weights are rounded to half precision once more: a
+        relative error of about 0.1 % (bfloat16) or 0.02 % (float16), independent from value to value, in a sum over
+        all tokens.
 
         Args:
-            x: ``(..., in)``, any floating dtype; summed in float32 and float64.
+            x: ``(..., in)``, any floating dtype.
             weights: ``(...)``, non-negative weight c_t of every token. Tokens of weight 0 (padding) do not count at
                 all.
             reference: what another model reads in the place of x, ``(..., in)``; None: the same, or not known.
         """
-        x = x.detach().flatten(0, -2).float()
-        off = None if reference is None else reference.detach().flatten(0, -2).float() - x
-        scaled = x
-        if weights is not None:
-            c = weights.detach().flatten().float()
-            kept = c > 0
-            x, c = x[kept], c[kept]
-            off = None if off is None else off[kept]
-            scaled = x * c[:, None]
-        self._outer.addmm_(scaled.t(), x)
-        if off is not None:
-            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
-            self._drift.addmm_(off.t(), scaled)
-        self._absolute += x.abs().sum(0)
-        self._sum += x.sum(0)
-        self._square += x.square().sum(0)
+        x = x.detach().flatten(0, -2)
+        y = None if reference is None else reference.detach().flatten(0, -2)
+        c = None if weights is None else weights.detach().flatten().float()
+        if c is not None and not bool((kept := c > 0).all()):
+            x, c, y = x[kept], c[kept], None if y is None else y[kept]
+        if c is not None and bool((c == 1).all()):
+            c = None
         self.tokens += len(x)
+        size = _CHUNK if x.device.type == "cpu" else _CHUNK_CUDA
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            self._add(x[part], None if c is None else c[part], None if y is None else y[part])
+
+    def _add(self, x: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
+        x = x if _multiplies_half(x) else x.float()
+        self._absolute += x.abs().sum(0, dtype=torch.float32)
+        self._sum += x.sum(0, dtype=torch.float32)
+        self._square += _squares(x)
+        roots, share = (None, None) if weights is None else _roots(weights)
+        scaled = _scaled(x, roots)
+        _add_blocks(self._outer, scaled, scaled, share, upper=True)
+        if reference is not None:
+            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
+            _add_blocks(self._drift, _scaled(reference.to(x.dtype) - x, roots), scaled, share)
 
     def merge(self, other: Self) -> None:
         """Add what another accumulator saw."""
@@ -110,10 +128,60 @@ class MomentAccumulator:
             raise ValueError("no token reached this input during calibration.")
         mean = self._sum / self.tokens
         return Moments(
-            hessian=self._outer * (2 / self.tokens),
+            hessian=_mirrored(self._outer * (2 / self.tokens)),
             mean_abs=(self._absolute / self.tokens).float(),
             mean=mean.float(),
             variance=(self._square / self.tokens - mean.square()).clamp_(min=0).float(),
             tokens=self.tokens,
             drift=None if self._drift is None else self._drift * (2 / self.tokens),
         )
+
+
+def _multiplies_half(x: Tensor) -> bool:
+    """Whether the device multiplies such values with sums in float32, many times as fast as float32 ones."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _roots(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of weights relative to their largest, ``(tokens, 1)``, so that none overflows, and the largest."""
+    largest = weights.max()
+    return (weights / largest).sqrt()[:, None], largest
+
+
+def _scaled(x: Tensor, roots: Tensor | None) -> Tensor:
+    return x if roots is None else x * roots.to(x.dtype)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sums over tokens of the squares, float32: half-precision squares could overflow, and a copy costs memory."""
+    if x.dtype == torch.float32:
+        return x.square().sum(0)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
+    return norms.square()
+
+
+def _add_blocks(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None, *, upper: bool = False) -> None:
+    """Add ``share left^T right``, some rows at a time; of a symmetric one only what is not left of the diagonal."""
+    size = _BLOCK if total.device.type == "cpu" else _BLOCK_CUDA
+    for start in range(0, len(total), size):
+        rows, first = slice(start, start + size), start if upper else 0
+        _add_product(total[rows, first:], left[:, rows], right[:, first:], share)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None) -> None:
+    """Add ``share left^T right`` to float32 sums."""
+    if left.dtype == torch.float32 and share is None:
+        total.addmm_(left.t(), right)
+        return
+    half = left.dtype != torch.float32
+    product = torch.mm(left.t(), right, out_dtype=torch.float32) if half else left.t() @ right
+    total.add_(product if share is None else product.mul_(share))
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """Make a matrix symmetric of which only what lies on and above the diagonal is known, in place."""
+    for start in range(0, len(upper), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        upper[rows, rows] = upper[rows, rows].triu() + upper[rows, rows].triu(1).t()
+        upper[start + _BLOCK :, rows] = upper[rows, start + _BLOCK :].t()
+    return upper

@@ -6,6 +6,7 @@ import pytest
 
 from mpfx.allocate import ImportanceConfig, OptimalConfig
 from mpfx.passes import CompressionConfig
+from mpfx.passes.config import SCALE_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,19 @@ def test_optimal_is_guided_and_corrected_unless_told_otherwise() -> None:
     assert (classic.power, classic.corrected, classic.scaled) == (0, 0, True)
     assert CompressionConfig(bits_per_weight=4, guidance=0).scaled
     assert CompressionConfig(code_bits=16, sparsity=0.5).widths == (16,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"allocation": "fixed", "fold_scales": False}, 0),
+        ({"allocation": "fixed", "sparsity": 0.5}, 0),
+        ({"allocation": "fixed"}, SCALE_TOKENS),
+        ({"allocation": "fixed", "fold_scales": False, "guidance": 0.5}, None),
+        ({"allocation": "quantile"}, None),
+        ({"guidance": 0}, None),
+        ({}, None),
+    ],
+)
+def test_the_dense_model_is_observed_no_longer_than_needed(fields: dict[str, Any], tokens: int | None) -> None:
+    assert CompressionConfig(code_bits=4, **fields).observed_tokens == tokens

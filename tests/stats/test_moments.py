@@ -66,6 +66,43 @@ def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None
     )
 
 
+@pytest.mark.parametrize("channels", [5, 192, 450])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_and_chunks_make_up_the_whole(channels: int, weighted: bool) -> None:
+    x, y = tokens(4100, channels), tokens(4101, channels)[1:]
+    c = torch.rand(4100) ** 4 * 1e-3 if weighted else None
+    accumulator = MomentAccumulator(channels)
+    accumulator.update(x, c, y)
+    other = MomentAccumulator(channels)
+    other.update(x[:7])
+    accumulator.merge(other)
+    seen, a = accumulator.finalise(), x.double()
+    ca = a if c is None else a * c.double()[:, None]
+    first = a[:7].t() @ a[:7]
+    assert torch.equal(seen.hessian, seen.hessian.t())
+    assert seen.drift is not None
+    for found, expected in ((seen.hessian, ca.t() @ a + first), (seen.drift, (y.double() - a).t() @ ca)):
+        torch.testing.assert_close(
+            found.double(), 2 / 4107 * expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-9
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_half_precision_on_cuda(dtype: torch.dtype, rounding: float, weighted: bool) -> None:
+    """Products are exact but for sums in float32; weights round every value once more, independently."""
+    x, c = tokens(20000, 300).cuda().to(dtype), (torch.rand(20000) * 1e-6).cuda()
+    accumulator = MomentAccumulator(300, "cuda")
+    accumulator.update(x, c if weighted else None)
+    seen, a = accumulator.finalise(), x.double()
+    expected = 2 / 20000 * ((a * c[:, None]).t() @ a if weighted else a.t() @ a)
+    error = float((seen.hessian.double() - expected).norm() / expected.norm())
+    assert error < (0.2 * rounding if weighted else 1e-4)
+    torch.testing.assert_close(seen.variance.double(), a.var(0, correction=0), rtol=1e-4, atol=0)
+
+
 def test_no_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="no token"):
         MomentAccumulator(3).finalise()

@@ -1,0 +1,79 @@
+"""What a sweep carries from panel to panel, whoever solves the panels."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mpfx.nn.layout import LEFT_OUT, SCALE_BITS, Layout, Span
+from mpfx.nn.packing import QuantizedWeight
+from mpfx.nn.scales import CodedScales, Scales
+from mpfx.solve.coded import fit_bases
+from mpfx.solve.grid import GridConfig
+from mpfx.solve.mask import Sparsity, prune_lowest
+
+
+class SweepState:
+    """Weights, masks, codes and grids, all of them channels first.
+
+    Args:
+        weight: see :func:`mpfx.solve.sweep`, likewise all others; not changed.
+
+    Attributes:
+        work: ``(in, rows)`` float32: what is still to be solved, compensated so far.
+        codes: ``(in, rows)`` int32.
+        pruned: ``(in, rows)`` bool.
+        scale: of every grid, ``(grids, rows)`` float32.
+        zero: likewise, code of the value 0.
+        scale_codes: likewise, int32, where scales are coded.
+        bases: of coded scales; None: scales are float16 values.
+    """
+
+    def __init__(self, weight: Tensor, upper: Tensor, layout: Layout, config: GridConfig, sparsity: Sparsity) -> None:
+        self.work = weight.t().contiguous()
+        if self.work.data_ptr() == weight.data_ptr():
+            self.work = self.work.clone()
+        rows, device = self.work.shape[1], weight.device
+        self.codes = torch.empty(self.work.shape, dtype=torch.int32, device=device)
+        self.pruned = torch.zeros(self.work.shape, dtype=torch.bool, device=device)
+        self.upper, self.layout, self.config, self.sparsity = upper, layout, config, sparsity
+        self.bases = fit_bases(self.work, layout, config) if config.scale_bits == SCALE_BITS else None
+        self.scale, self.zero = (torch.empty(len(layout.grids), rows, device=device) for _ in range(2))
+        self.scale_codes = torch.empty(len(layout.grids), rows, dtype=torch.int32, device=device)
+
+    def panels(self) -> Iterator[Span]:
+        """What is solved at a time, in order."""
+        yield from self.layout.panels
+
+    def choose_mask(self, panel: Span) -> None:
+        """Mark what is known to be pruned before a panel is solved: all but n:m masks."""
+        inside = slice(panel.start, panel.stop)
+        if panel.bits == LEFT_OUT:
+            self.pruned[inside] = True
+        elif self.sparsity and not self.sparsity.group_m:
+            count = self.sparsity.pruned(self.work.shape[1], panel.channels)
+            self.pruned[inside] = prune_lowest(self.saliency(inside), count)
+
+    def saliency(self, inside: slice) -> Tensor:
+        """``w^2 / U_jj^2``, ``(channels, rows)``: the error that pruning a weight makes."""
+        return self.work[inside].square() / self.upper.diagonal()[inside, None].square()
+
+    def compensate(self, errors: Tensor, done: slice, start: int, stop: int) -> None:
+        """Let channels ``start .. stop-1`` make up for the errors ``(channels, rows)`` of those that are done."""
+        if start < stop:
+            self.work[start:stop].addmm_(self.upper[done, start:stop].t(), errors, alpha=-1)
+
+    def result(self) -> QuantizedWeight:
+        """What was solved."""
+        return QuantizedWeight(
+            codes=self.codes.t().contiguous(),
+            scales=self._scales(),
+            zeros=None if self.config.symmetric else self.zero.t().contiguous().to(torch.uint8),
+            kept=(~self.pruned).t().contiguous() if self.sparsity else None,
+            layout=self.layout,
+        )
+
+    def _scales(self) -> Scales:
+        if self.bases is None:
+            return self.scale.t().contiguous().half()
+        return CodedScales.of(self.scale_codes.t(), self.bases.row, self.bases.group)
