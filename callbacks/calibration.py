@@ -48,20 +48,18 @@ class CallRecorder:
         module: whose calls are recorded.
         prepare: called once, with the arguments of the first call, before that call runs. Returns the traced module
             and the input groups to observe (none: only the calls are recorded).
-        tokens: that suffice for the statistics; calls after that are only recorded. None: all count.
     """
 
     def __init__(
         self,
         module: nn.Module,
         prepare: Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, list[InputGroup]]],
-        tokens: int | None = None,
     ) -> None:
         self.module = module
         self.graph_module: fx.GraphModule | None = None
         self.calls: list[dict[str, Any]] = []
         self.reading = Reading()
-        self._prepare, self._tokens, self._paused = prepare, tokens, False
+        self._prepare, self._paused = prepare, False
         self._hooks = ExitStack()
         self._accumulators: dict[str, MomentAccumulator] = {}
         self._groups: list[InputGroup] = []
@@ -84,12 +82,6 @@ class CallRecorder:
         finally:
             self.reading, self._paused = before, False
 
-    @property
-    def satisfied(self) -> bool:
-        """Whether enough tokens were observed: no call has to run any more to be recorded."""
-        seen = max((sums.tokens for sums in self._accumulators.values()), default=0)
-        return self._tokens is not None and seen >= self._tokens
-
     def take_moments(self) -> dict[str, Moments]:
         """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
         taken = finalised(self._accumulators, self._groups)
@@ -108,7 +100,7 @@ class CallRecorder:
                 self._start(args, kwargs)
             assert self.graph_module is not None
             values = bind_inputs(self.graph_module, args, kwargs)
-            self.reading = Reading(padding_masks(values), paused=self.satisfied)
+            self.reading = Reading(padding_masks(values))
             self.calls.append(pytree.tree_map_only(Tensor, lambda t: t.to("cpu"), values))
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,40 +156,39 @@ class ModelCalibration(Callback):
         self._begin(trainer, pl_module)
 
     def take_calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calls: Iterable[dict[str, Any]]) -> None:
-        """Gather all that is needed without a validation loop, where it is known how the module would be called.
-
-        The module runs no more often than it has to be observed (:attr:`tokens`), which may be never.
+        """Take the place of a validation loop, where nothing has to be observed: the module runs on none of the calls.
 
         Args:
             trainer: whose precision is computed in; it does not run.
             pl_module: on the device to compute on.
             calls: keyword arguments of every call of the target module, on that device.
+
+        Raises:
+            ValueError: if something has to be observed.
         """
+        if self.observes:
+            raise ValueError("Expected a config that needs no statistics: run `trainer.validate` with this callback.")
         recorder = self._begin(trainer, pl_module)
         try:
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
                 for call in calls:
-                    if recorder.satisfied:
-                        recorder.record((), call)
-                    else:
-                        recorder.module(**call)
+                    recorder.record((), call)
         except BaseException:
             self._drop()
             raise
         self._end(trainer, pl_module, recorder)
 
     @property
-    def tokens(self) -> int | None:
-        """How many tokens the module has to be observed on; None: all that there are."""
-        counts = [config.observed_tokens for config in self.configs]
-        return None if None in counts else max(count for count in counts if count is not None)
+    def observes(self) -> bool:
+        """Whether the module has to run on the calibration data."""
+        return any(config.observed for config in self.configs)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CallRecorder:
         if trainer.world_size > 1:
             raise ValueError(
                 f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
             )
-        self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module), self.tokens)
+        self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
         self._recorder.open()
         self._started = time.perf_counter()
         return self._recorder

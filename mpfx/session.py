@@ -149,12 +149,10 @@ class Session:
             }
 
     def loop(self, callback: ModelCalibration) -> None:
-        """Run the calibration data through the model, watched by a callback; no more of it than has to be watched."""
-        trainer, batches = (
-            trainer_of(self.config.trainer, self.config.progress, callback),
-            self.data.calibration_dataloader(),
-        )
-        if callback.tokens is None:
+        """Run the calibration data through the model, watched by a callback, if there is anything to watch."""
+        trainer = trainer_of(self.config.trainer, self.config.progress, callback)
+        batches = self.data.calibration_dataloader()
+        if callback.observes:
             validate(trainer, self.module, batches)
             return
         device = trainer.strategy.root_device

@@ -17,9 +17,6 @@ AUTO = "auto"
 AUTO_FRACTIONS = (0.0, 0.25, 0.5)
 """Shares pruned that sparsity `auto` chooses from."""
 
-SCALE_TOKENS = 4096
-"""Tokens of the dense model that suffice to rank a few scales of channels."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
@@ -223,11 +220,9 @@ class CompressionConfig:
         return self.scored or self.scaled or self.allocation == "optimal"
 
     @property
-    def observed_tokens(self) -> int | None:
-        """How many tokens the dense model has to be observed on before bits are given; None: all that there are."""
-        if self.scored or self.allocation == "optimal" or self.power:
-            return None
-        return SCALE_TOKENS if self.scaled else 0
+    def observed(self) -> bool:
+        """Whether the dense model has to run on the calibration data before bits are given."""
+        return self.measured or self.power > 0
 
     @property
     def scaled(self) -> bool:

@@ -6,7 +6,6 @@ import pytest
 
 from mpfx.allocate import ImportanceConfig, OptimalConfig
 from mpfx.passes import CompressionConfig
-from mpfx.passes.config import SCALE_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -79,16 +78,16 @@ def test_optimal_is_guided_and_corrected_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "tokens"),
+    ("fields", "observed"),
     [
-        ({"allocation": "fixed", "fold_scales": False}, 0),
-        ({"allocation": "fixed", "sparsity": 0.5}, 0),
-        ({"allocation": "fixed"}, SCALE_TOKENS),
-        ({"allocation": "fixed", "fold_scales": False, "guidance": 0.5}, None),
-        ({"allocation": "quantile"}, None),
-        ({"guidance": 0}, None),
-        ({}, None),
+        ({"allocation": "fixed", "fold_scales": False}, False),
+        ({"allocation": "fixed", "sparsity": 0.5}, False),
+        ({"allocation": "fixed"}, True),
+        ({"allocation": "fixed", "fold_scales": False, "guidance": 0.5}, True),
+        ({"allocation": "quantile"}, True),
+        ({"guidance": 0}, True),
+        ({}, True),
     ],
 )
-def test_the_dense_model_is_observed_no_longer_than_needed(fields: dict[str, Any], tokens: int | None) -> None:
-    assert CompressionConfig(code_bits=4, **fields).observed_tokens == tokens
+def test_the_dense_model_is_observed_where_that_is_needed(fields: dict[str, Any], observed: bool) -> None:
+    assert CompressionConfig(code_bits=4, **fields).observed is observed
