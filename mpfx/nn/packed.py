@@ -48,7 +48,8 @@ class InputGroup:
 
     Few rows of activations take a GPU so little time that a launch and the work that has to be done before the first
     product count; here both are done once. Whoever calls the other layers with the same tensor gets what is already
-    there. A model that does not call them all is found out, and its layers are on their own again.
+    there, unless it was written to in between; where nothing tells whether it was (inference mode), each multiplies for
+    itself. A model that does not call them all is found out, and its layers are on their own again.
 
     Args:
         members: that share a permutation.
@@ -57,6 +58,7 @@ class InputGroup:
     def __init__(self, members: Sequence["MixedPrecisionLinear"]) -> None:
         self._members = tuple(members)
         self._input: Tensor | None = None
+        self._version = 0  # of the input
         self._products: list[Tensor | None] = []
         self._left_over = 0  # times that products were not asked for
 
@@ -65,15 +67,20 @@ class InputGroup:
         first = self._members[0]
         if not (x.device.type in TOGETHER and x.numel() <= TOGETHER_ROWS * first.in_features):
             return False
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return False
         return self._left_over < _PATIENCE and not wants_gradient(x, *(member.bias for member in self._members))
 
     def product(self, place: int, x: Tensor) -> Tensor:
         """That of the member at this place with ``(..., in)``."""
-        product = self._products[place] if self._input is x else None
+        version = 0 if torch.compiler.is_compiling() else x._version  # compilers see what is written to
+        known = self._input is x and self._version == version
+        product = self._products[place] if known else None
         if product is None:
             self._left_over = 0 if self._input is None else self._left_over + 1
             weights, biases = [m.packed for m in self._members], [m.bias for m in self._members]
-            self._input, self._products = x, list(packed_linears(x, weights, self._members[0].permutation, biases))
+            self._input, self._version = x, version
+            self._products = list(packed_linears(x, weights, self._members[0].permutation, biases))
             product = self._products[place]
         assert product is not None
         self._products[place] = None

@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Iterator
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,9 +33,6 @@ class KernelSweep(SweepState):
         self.upper = self.upper.contiguous()
         self.inverse = self.upper.diagonal().reciprocal()
         self.errors = torch.empty(PANEL, self.rows, device=weight.device)
-        self.large = {
-            group.start: (index, group) for index, group in enumerate(layout.grids) if _is_large(group, layout)
-        }
         self.table = torch.tensor(_table(layout, self.large), dtype=torch.int32, device=weight.device)
         self.factors, self.steps = _constants(weight.device)
         self.unstructured = bool(sparsity) and not sparsity.group_m
@@ -66,11 +62,10 @@ class KernelSweep(SweepState):
         return self.result()
 
     def _launches(self) -> Iterator[tuple[int, int]]:
-        """Channels that are solved by one launch: panels, cut where a large group starts, joined where masks allow."""
+        """Channels that are solved by one launch: parts of panels, joined where masks and large groups allow."""
         first = last = 0
         for panel in self.layout.panels:
-            edges = [panel.start, *(start for start in self.large if panel.start < start < panel.stop), panel.stop]
-            for start, stop in pairwise(edges):
+            for start, stop in self.parts(panel):
                 apart = self.unstructured or start in self.large or stop - first > PANEL
                 if apart and first < last:
                     yield first, last
@@ -113,12 +108,6 @@ def _options(config: GridConfig, sparsity: Sparsity) -> dict[str, int]:
         "ROWS": _ROWS,
         "num_warps": 1,
     }
-
-
-def _is_large(group: Span, layout: Layout) -> bool:
-    """Whether a group goes on behind the panel that it starts in, so that its grid is fitted by a launch of its own."""
-    panel = next(panel for panel in layout.panels if panel.start <= group.start < panel.stop)
-    return group.stop > panel.stop
 
 
 def _table(layout: Layout, large: Container[int]) -> list[tuple[int, int, int, int]]:

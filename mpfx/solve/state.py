@@ -1,6 +1,7 @@
 """What a sweep carries from panel to panel, whoever solves the panels."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class SweepState:
         zero: likewise, code of the value 0.
         scale_codes: likewise, int32, where scales are coded.
         bases: of coded scales; None: scales are float16 values.
+        large: groups that go on behind the panel that they start in, with the numbers of their grids, by first channel.
     """
 
     def __init__(self, weight: Tensor, upper: Tensor, layout: Layout, config: GridConfig, sparsity: Sparsity) -> None:
@@ -40,10 +42,18 @@ class SweepState:
         self.bases = fit_bases(self.work, layout, config) if config.scale_bits == SCALE_BITS else None
         self.scale, self.zero = (torch.empty(len(layout.grids), rows, device=device) for _ in range(2))
         self.scale_codes = torch.empty(len(layout.grids), rows, dtype=torch.int32, device=device)
+        self.large = {
+            group.start: (index, group) for index, group in enumerate(layout.grids) if _is_large(group, layout)
+        }
 
-    def panels(self) -> Iterator[Span]:
-        """What is solved at a time, in order."""
-        yield from self.layout.panels
+    def parts(self, panel: Span) -> Iterator[tuple[int, int]]:
+        """Channels of a panel between two updates of all later ones.
+
+        Mostly all of them; but a group that goes on behind its panel is fitted on weights that are up to date, so that
+        all that comes before it has to be done.
+        """
+        edges = [panel.start, *(start for start in self.large if panel.start < start < panel.stop), panel.stop]
+        return pairwise(edges)
 
     def choose_mask(self, panel: Span) -> None:
         """Mark what is known to be pruned before a panel is solved: all but n:m masks."""
@@ -77,3 +87,8 @@ class SweepState:
         if self.bases is None:
             return self.scale.t().contiguous().half()
         return CodedScales.of(self.scale_codes.t(), self.bases.row, self.bases.group)
+
+
+def _is_large(group: Span, layout: Layout) -> bool:
+    panel = next(panel for panel in layout.panels if panel.start <= group.start < panel.stop)
+    return group.stop > panel.stop

@@ -92,12 +92,13 @@ class ChannelSweep(SweepState):
 
     def _solve_panel(self, panel: Span) -> None:
         self.choose_mask(panel)
-        errors = torch.empty(panel.channels, self.work.shape[1], dtype=self.work.dtype, device=self.work.device)
-        for start in range(panel.start, panel.stop, SEGMENT):
-            stop = min(start + SEGMENT, panel.stop)
-            self._solve_segment(start, stop, panel, errors[start - panel.start : stop - panel.start])
-            self.compensate(errors[start - panel.start : stop - panel.start], slice(start, stop), stop, panel.stop)
-        self.compensate(errors, slice(panel.start, panel.stop), panel.stop, len(self.work))
+        for first, last in self.parts(panel):
+            errors = torch.empty(last - first, self.work.shape[1], dtype=self.work.dtype, device=self.work.device)
+            for start in range(first, last, SEGMENT):
+                stop = min(start + SEGMENT, last)
+                self._solve_segment(start, stop, panel, errors[start - first : stop - first])
+                self.compensate(errors[start - first : stop - first], slice(start, stop), stop, last)
+            self.compensate(errors, slice(first, last), last, len(self.work))
 
     def _solve_segment(self, start: int, stop: int, panel: Span, errors: Tensor) -> None:
         """Solve channels ``start .. stop-1`` one after the other; writes ``(w - q) / U_jj`` into ``errors``."""

@@ -1,4 +1,4 @@
-"""Models that the graph tests trace: members of the zoo, and a small one made by hand."""
+"""Models that the graph tests trace: members of the zoo."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mpfx.graph import OUTPUT, bind_inputs, blocks, run_block
 from tests.zoo import Sample, build
@@ -34,20 +33,3 @@ def run_in_blocks() -> Callable[..., Any]:
         return env[OUTPUT]
 
     return run
-
-
-@pytest.fixture
-def chain() -> nn.Module:
-    """Two MLPs, each of which reads its input twice, and a head."""
-    torch.manual_seed(0)
-    return nn.Sequential(GatedMLP(8, 12), GatedMLP(8, 12), nn.Linear(8, 3)).eval()
-
-
-class GatedMLP(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(torch.sigmoid(self.gate(x)) * self.up(x))
-        return x + out

@@ -174,6 +174,26 @@ def test_equal_inputs_are_not_the_same_input(together: list[int]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@torch.no_grad()
+def test_what_was_written_to_is_multiplied_anew(together: list[int]) -> None:
+    model, x = Attention(), torch.randn(1, 100)
+    join_input_groups(model)
+    model.q(x)
+    x.mul_(2)
+    found = model.k(x)
+    assert together == [3, 3]
+    join_input_groups(nn.ModuleList([model.k]))
+    assert torch.equal(found, model.k(x))
+
+
+def test_each_multiplies_for_itself_where_writes_are_not_seen(together: list[int]) -> None:
+    model = Attention()
+    join_input_groups(model)
+    with torch.inference_mode():
+        model(torch.randn(1, 100))
+    assert together == []
+
+
 def test_copies_are_on_their_own(together: list[int]) -> None:
     model, x = Attention(), torch.randn(1, 100)
     join_input_groups(model)

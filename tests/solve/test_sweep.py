@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mpfx.nn import CodedScales, Layout, QuantizedWeight, decoded, pack, unpack
 from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, sweep
+from mpfx.solve.grid import fit_grid
 
 
 def problem(rows: int, channels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -258,3 +259,16 @@ def test_layer_error_by_hand() -> None:
     h = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
     assert layer_error(weight, solved, h) == pytest.approx(4 / (16 + 2 * 2 + 2))
     assert layer_error(torch.zeros(1, 2), torch.zeros(1, 2), h) == 0
+
+
+def test_a_group_longer_than_a_panel_is_fitted_on_weights_that_are_up_to_date() -> None:
+    """It starts inside of a panel; all channels before it are made up for, which has a closed form."""
+    weight, h = problem(64, 320)
+    config, done = GridConfig(group_size=160, scale_bits=16), slice(0, 160)
+    solved = sweep(weight, upper_of(h), Layout(320, (4,) * 10, 160), config)
+    rest, exact = slice(160, 320), h.double()
+    errors = (weight - solved.dequantize())[:, done].double()
+    moved = weight[:, rest].double() + errors @ exact[done, rest] @ torch.linalg.inv(exact[rest, rest])
+    expected = fit_grid(moved.t().float(), 4, config).scale
+    alike = (decoded(solved.scales, solved.layout)[:, 1] / expected - 1).abs() < 2e-3
+    assert float(alike.double().mean()) > 0.95

@@ -47,8 +47,6 @@ constexpr int ROOM_BYTES = 256;
 
 // ---------------------------------------------------------------------------------------------------- small parts
 
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // An integer in the mantissa of 3 * 2^22: as a float, it is that much too large.
 constexpr int MAGIC = 0x4B400000;
 
@@ -65,31 +63,10 @@ __device__ __forceinline__ void store(void* p, size_t i, float f) {
     else asm volatile("{.reg .b16 h; cvt.rn.f16.f32 h, %1; st.global.b16 [%0], h;}" ::"l"((u16*)p + i), "f"(f));
 }
 
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
-}
-
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
-}
-
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int LATER>
 __device__ __forceinline__ void wait_for_all_but() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-}
-
-// Kernels of one stream may overlap, if the next one is launched so: it starts as soon as all blocks of this one have, and
-// there is room; until it waits, it may touch nothing but weights.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_last() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 struct Unit {
@@ -460,34 +437,6 @@ __device__ __forceinline__ void process(const Site& a, const Unit& u, const char
 
 // ---------------------------------------------------------------------------------------------------- clusters
 
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-#else
-    return 0;
-#endif
-}
-
-__device__ __forceinline__ int cluster_size() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-    return r;
-#else
-    return 1;
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
 __device__ __forceinline__ float of_block(const float* p, int rank) {
 #if __CUDA_ARCH__ >= 900
     u32 there;
@@ -646,15 +595,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         wait_for_all_but<STAGES - 1>();
         __syncwarp();
         switch (u.bits) {
-            WIDTH(1)
-            WIDTH(2)
-            WIDTH(3)
-            WIDTH(4)
-            WIDTH(5)
-            WIDTH(6)
-            WIDTH(7)
-            WIDTH(8)
-            WIDTH(16)
+            CODE_WIDTHS(WIDTH)
         }
         if (i + STAGES < most) {
             const Unit later = unit(room.units[i + STAGES]);

@@ -121,7 +121,8 @@ def _launch(
         ("STAGES", min(cut.stages, *(site.most_units for site in sites))), ("COUNT", len(x)), ("AT_ONCE", at_once),
     )  # fmt: skip
     run = kernel("decode.cu", "decode", macros, x.device.index)
-    early = last_captured() in _handles  # then nothing before it can have written this weight, and not yet be done
+    # What is before it then cannot have written this weight, and not yet be done.
+    early = _overlaps(x.device) and last_captured() in _handles
     _handles.add(run.handle)
     arguments = _arguments(len(sites))(address(x), address(order), early, (Site * len(sites))(*sites))
     run(Launch((cut.cluster, block), 32 * cut.groups * cut.warps, shared, cut.cluster, early), arguments)
@@ -144,6 +145,12 @@ def _room_of(x: Tensor, weights: Sequence[PackedWeight], cut: Cut) -> tuple[int,
     rooms = [_room(cut, w.layout, x.dtype, len(x), w.mask is not None, x.device) for w in weights]
     at_once = min(at_once for at_once, _ in rooms)
     return at_once, max(shared for _, shared in rooms)
+
+
+@lru_cache(maxsize=64)
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the one before it has come to its end."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _handles: set[int] = set()  # of kernels that let the next one start while they run, and write no weights

@@ -17,14 +17,6 @@ __device__ __forceinline__ int place_of(const Args& a, int channel) {
     return ORDER == 2 ? __ldg((const u16*)a.order + channel) : __ldg((const int*)a.order + channel);
 }
 
-// Two numbers of 16 bits in one register.
-__device__ __forceinline__ u32 two_numbers(float low, float high) {
-    u32 both;
-    if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
 // Four rows of a channel; `left` of them are wanted.
 __device__ __forceinline__ void write(const Args& a, int place, int column, int left, const float (&v)[4]) {
     Number* to = (Number*)a.out + (size_t)((u32)place * (u32)a.out_rows + (u32)column);
@@ -144,14 +136,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(const __grid_con
     const int4 unit = __ldg(a.units + segment);
     switch (unit.x) {
         WIDTH(0)
-        WIDTH(1)
-        WIDTH(2)
-        WIDTH(3)
-        WIDTH(4)
-        WIDTH(5)
-        WIDTH(6)
-        WIDTH(7)
-        WIDTH(8)
-        WIDTH(16)
+        CODE_WIDTHS(WIDTH)
     }
 }

@@ -29,6 +29,14 @@ typedef Stored<DTYPE>::type Number;
 __device__ __forceinline__ float to_float(float f) { return f; }
 __device__ __forceinline__ float to_float(u16 h) { return DTYPE == 1 ? half_to_float(h) : __uint_as_float(h << 16); }
 
+// Two numbers of 16 bits in one register.
+__device__ __forceinline__ u32 two_numbers(float low, float high) {
+    u32 both;
+    if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
 // The parts of a packed weight.
 struct Weight {
     const u32* codes;         // (words, rows); under a mask (words,)
@@ -109,6 +117,65 @@ __device__ __forceinline__ float scale_from(u16 base, u32 word, const Field& fie
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-0.25f * (float)(word >> field.four & 15)));
     return half_to_float(base) * (1.0f / ((1 << BITS) - 1) * power);
 }
+
+// What a switch does for every width of codes, and for float16 values.
+#define CODE_WIDTHS(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(16)
+
+// ---------------------------------------------------------------------------------------------------- copies, clusters
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Start to copy to shared memory.
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
+}
+
+// Kernels of one stream may overlap, if the next one is launched so: it starts as soon as all blocks of this one have, and
+// there is room; until it waits, it may touch nothing but weights.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+#else
+    return 0;
+#endif
+}
+
+__device__ __forceinline__ int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+    int r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+#else
+    return 1;
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------- masks
 
 #if MASKED
 // Most survivors of 32 rows of a segment, in whole blocks, and what a read may run over.

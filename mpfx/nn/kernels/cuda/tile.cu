@@ -41,21 +41,7 @@ struct Args {
     int steps;          // of a block; of `arrange`: of all blocks of a cluster
 };
 
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ u32 two_numbers(float low, float high) {
-    u32 both;
-    if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
 // ---------------------------------------------------------------------------------------------------- activations
-
-// Kernels of one stream overlap: the next one starts as soon as all blocks of this one have; until it waits, it may touch
-// nothing but weights.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Where two adjacent channels, the first one even, are in the input.
 __device__ __forceinline__ uint2 places_of(const Args& a, int channel) {
@@ -127,30 +113,8 @@ __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 ba
                  : "memory");
 }
 
-template <int BYTES>
-__device__ __forceinline__ void copy_few(u32 to, const void* from) {
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ int cluster_rank() {
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
-__device__ __forceinline__ int cluster_size() {
-    int r;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-    return r;
 }
 
 __device__ __forceinline__ float4 of_block(const float* p, int rank) {
@@ -350,15 +314,7 @@ __device__ __forceinline__ void unpack(const char* words, const uint2* grids, co
 
 __device__ __forceinline__ void unpack_segment(int bits, const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
     switch (bits) {
-        WIDTH(1)
-        WIDTH(2)
-        WIDTH(3)
-        WIDTH(4)
-        WIDTH(5)
-        WIDTH(6)
-        WIDTH(7)
-        WIDTH(8)
-        WIDTH(16)
+        CODE_WIDTHS(WIDTH)
         default:
 #pragma unroll
             for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
@@ -382,13 +338,13 @@ __device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, i
     const int mine = row + lane * 4 < a.w.rows ? bits : 0;
 #pragma unroll
     for (int r = 0; r < 8; r++, from += a.w.rows)
-        if (r < mine) copy_few<16>(words + lane * 16 + r * ROW_BYTES, from);
+        if (r < mine) copy16(words + lane * 16 + r * ROW_BYTES, from);
     if (mine == 16)
 #pragma unroll
-        for (int r = 8; r < 16; r++, from += a.w.rows) copy_few<16>(words + lane * 16 + r * ROW_BYTES, from);
+        for (int r = 8; r < 16; r++, from += a.w.rows) copy16(words + lane * 16 + r * ROW_BYTES, from);
     if (bits == 0 || bits == 16) return;
-    if (ZEROS && lane < tiles * bits) copy_few<4>(tail + lane * 4, a.w.zeros + (unit.w + tile * 4 * bits + lane));
-    if (lane < 4 * tiles) copy_few<4>(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
+    if (ZEROS && lane < tiles * bits) copy4(tail + lane * 4, a.w.zeros + (unit.w + tile * 4 * bits + lane));
+    if (lane < 4 * tiles) copy4(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
 }
 
 // One of the warps that copy: steps `first`, `first` + COPIERS ...
