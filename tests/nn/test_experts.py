@@ -565,6 +565,19 @@ def test_in_models_of_transformers(name: str, implementation: str, monkeypatch: 
     packed(ids).logits.sum().backward()
 
 
+def test_compilers_take_experts_as_one_graph() -> None:
+    dense, path, transposed = transformers_model("Mixtral")
+    packed = copy.deepcopy(dense)
+    experts, reference = packed_pair(packed.get_submodule(path), transposed)
+    packed.set_submodule(path, experts)
+    dense.set_submodule(path, reference)
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    packed.set_experts_implementation("batched_mm")
+    compiled: Any = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert close(compiled(ids, use_cache=False).logits, dense(ids).logits, 1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kinds", KINDS)
