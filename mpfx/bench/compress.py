@@ -14,10 +14,10 @@ from mpfx.bench.device import current, device_of, dtype_of, environment, last_le
 from mpfx.bench.models import config_of, random_model
 from mpfx.bench.plain import plain_block, solve_plain
 from mpfx.bench.report import place
-from mpfx.bench.stages import HESSIAN, SOLVE, Meter, Stage
+from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
-from mpfx.graph import bind_inputs, blocks, linear_weight, run_block, traced_module
+from mpfx.graph import bind_inputs, blocks, last_readers, linear_weight, run_block, traced_module
 from mpfx.lm import CausalLM, evaluate, make_trainer
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
@@ -32,7 +32,7 @@ HEAD = ("stage", "seconds", "floor", "times the floor", "peak GB")
 TOTAL = "graph to packed modules"
 PLAIN = "the plain loop"
 
-_OTHER = "other"
+_RUN, _OTHER = "run", "other"
 _DENSE_BITS = 16
 
 
@@ -305,10 +305,10 @@ def _plain(
 ) -> Stage:
     """Seconds and peak of the plain loop on the first repeated block, whose weights are as before afterwards."""
     parts = blocks(gm)
-    first = next(block for block in parts if block.repeated and block.sites)
+    readers, first = last_readers(parts), next(block for block in parts if block.repeated and block.sites)
     streams = [bind_inputs(gm, (), _inputs(model, batch)) for batch in batches]
     for block in parts[: first.index]:
-        streams = [run_block(block, values, parts[block.index + 1 :]) for values in streams]
+        streams = [run_block(block, values, readers) for values in streams]
     weights = {path: linear_weight(traced_module(gm).get_submodule(path)) for path in first.sites}
     before = {path: weight.cpu().clone() for path, weight in weights.items()}
     meter = Meter(device)
@@ -316,7 +316,7 @@ def _plain(
         plain_block(
             gm,
             first,
-            parts[first.index + 1 :],
+            readers,
             streams,
             lambda weight, hessian: solve_plain(weight, hessian, 4, 128, config.sparsity or 0.0),
         )
@@ -334,12 +334,30 @@ def _compressed(
     where: Any = [device.index or 0] if device.type == "cuda" else 1
     trainer = make_trainer("gpu" if device.type == "cuda" else "cpu", where, callbacks=[callback], progress=False)
     loader: DataLoader[Any] = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
-    with meter.watching(config.parts), meter.stage("observe"):
-        evaluate(trainer, CausalLM(model), loader)
-    inner = {name.removeprefix("observe/"): stage for name, stage in meter.stages.items() if "/" in name}
-    order = ["trace", "observe", "sense", "allocate", "scale", SOLVE, "pack", "fold"]
-    observed = {f"observe/{HESSIAN}": inner.pop(HESSIAN)} if HESSIAN in inner else {}
-    found = {**inner, **observed, "observe": Stage(callback.seconds["observe"], meter.stages["observe"].peak)}
+    module = CausalLM(model)
+    with meter.watching(config.parts), meter.stage(_RUN):
+        if config.guided:
+            evaluate(trainer, module, loader)
+        else:
+            callback.take_calls(trainer, module, (_inputs(model, batch) for batch in batches))
+    return _in_order(meter.stages, callback.seconds["observe"])
+
+
+def _in_order(measured: Mapping[str, Stage], observing: float) -> dict[str, Stage]:
+    """Stages of one run in the order of the run, each before its parts.
+
+    Args:
+        measured: as they lie in one another: allocation asks for what is observed.
+        observing: seconds of the loop over the calibration data and of all that was observed.
+    """
+    order = ["trace", "sense", OBSERVE, ALLOCATE, "scale", SOLVE, "pack", "fold"]
+    inner = {name.removeprefix(f"{_RUN}/"): stage for name, stage in measured.items() if "/" in name}
+    nested = f"{ALLOCATE}/{OBSERVE}"
+    found = {name.replace(nested, OBSERVE): stage for name, stage in inner.items()}
+    if nested in inner:
+        spent, observed = found[ALLOCATE], inner[nested]
+        found[ALLOCATE] = Stage(spent.seconds - observed.seconds, spent.peak)
+    found[OBSERVE] = Stage(observing, found.get(OBSERVE, measured[_RUN]).peak)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0].partition("/")[0]), "/" in item[0])))
 
 
@@ -359,7 +377,7 @@ def _with_rests(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 
 def _rest_of(stage: str) -> str:
     """What a stage does beside its parts: mostly, it runs the model."""
-    return {"sense": "forward and backward"}.get(stage, "forward" if stage in ("observe", SOLVE) else _OTHER)
+    return "forward" if stage in (OBSERVE, SOLVE) else _OTHER
 
 
 def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterator[tuple[str, Work]]:
@@ -377,11 +395,9 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     sweep = Work(single=sum(float(rows) * channels**2 for channels, rows in groups))  # each channel on all later ones
     read = Work(nbytes=weights * _DENSE_BITS / 8)
     written = Work(nbytes=weights * config.bits / 8)
-    unguided = Work() if config.guided else hessian
-    yield "observe", forward + unguided
-    yield f"observe/{HESSIAN}", unguided
-    yield "sense", forward + forward + hessian
-    yield f"sense/{HESSIAN}", hessian
+    yield OBSERVE, forward + hessian
+    yield f"{OBSERVE}/{HESSIAN}", hessian
+    yield "sense", forward + forward
     yield "allocate", factor + read
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
     yield f"{SOLVE}/{HESSIAN}", hessian

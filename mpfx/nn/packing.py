@@ -111,6 +111,11 @@ class PackedWeight:
             "widths": self.widths,
         }
 
+    def to(self, device: torch.device) -> "PackedWeight":
+        """The same weight on another device."""
+        moved = {name: None if part is None else part.to(device) for name, part in self.parts.items()}
+        return PackedWeight.of(moved, self.layout)
+
     @property
     def out_features(self) -> int:
         """Number of rows."""
