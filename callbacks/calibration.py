@@ -300,7 +300,7 @@ class ModelCalibration(Callback):
         assert self._recorder is not None
         started = time.perf_counter()
         config = self.configs[0]
-        gm = located_graph(self._recorder.module, args, kwargs, config, whole, self._runner.device)
+        gm = located_graph(self._recorder.module, args, kwargs, config, whole)
         for other in self.configs[1:]:
             check_feasible(gm, other)
         self.seconds["trace"] = time.perf_counter() - started

@@ -18,7 +18,8 @@ from mpfx.stats import ChannelMoments
 EXPONENTS = tuple(step / 10 for step in range(11))
 """Powers of the activations' size that are tried; 0 leaves everything as it is."""
 
-_MOST_ROWS = 128  # enough to rank eleven candidates
+SAMPLE = 128
+"""Rows that are enough to rank eleven candidates."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def search_scales(
     """Find the power of the activations' size whose scales lose least when the weight is rounded to nearest.
 
     Args:
-        weight: ``(rows, in)`` float32, channels in sweep order: of all sites of the input group.
+        weight: ``(rows, in)`` float32, channels in sweep order: of all sites of the input group, or a sample.
         moments: of their input, channels likewise; may be weighted by sensitivities.
         unit: which unit a channel belongs to, ``(in,)``, likewise: channels of one unit share a factor.
         layout: width of every channel, and which channels share a grid.
@@ -66,7 +67,7 @@ def search_scales(
     pooled = pooled.clamp(min=float(pooled.max()) * 1e-4 or 1.0).log()
     # Many times as fast, and the candidates rank alike.
     grid = replace(grid, clip_search=False, scale_bits=16)
-    sample = weight[:: -(-len(weight) // _MOST_ROWS)]
+    sample = weight[:: -(-len(weight) // SAMPLE)]
     powers = torch.tensor(EXPONENTS, device=weight.device)[:, None]
     scales = powers * (pooled - pooled.mean())  # (powers, units), logarithms
     scales = (scales / math.log(2)).round().exp2() if powers_of_two else scales.exp()

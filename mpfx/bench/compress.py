@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 from mpfx.bench.device import current, device_of, dtype_of, environment, last_level_cache
@@ -49,6 +49,9 @@ class CompressConfig:
         bits: stored bits per weight.
         sparsity: share to prune; None: none.
         guided: whether the loss's sensitivities are gathered and used.
+        correction: share of earlier blocks' error that is made up for, which takes another run of the dense model.
+            None: as by default if guided, else 0.
+        streaming: whether the model stays on the host and its blocks move to the device one at a time.
         plain: whether the plain loop runs too, on one block: 4-bit codes in groups of 128, the same sparsity.
         parts: whether the parts of stages are measured too. The device is waited for at the bounds of each, which takes
             time: without them stages are as fast as they are.
@@ -67,6 +70,8 @@ class CompressConfig:
     bits: float = 4.0
     sparsity: float | None = None
     guided: bool = False
+    correction: float | None = None
+    streaming: bool = False
     plain: bool = True
     parts: bool = True
     device: str | None = None
@@ -80,6 +85,8 @@ class CompressConfig:
             raise ValueError(f"Expected `length` of 3 or more but got {self.length}.")
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
+        if self.streaming and self.guided:
+            raise ValueError("Expected `streaming` without `guided`, whose loop runs the whole model on the device.")
 
     @property
     def compression(self) -> CompressionConfig:
@@ -88,6 +95,8 @@ class CompressConfig:
             bits_per_weight=self.bits,
             sparsity=self.sparsity,
             guidance=None if self.guided else 0.0,
+            correction=0.0 if self.correction is None and not self.guided else self.correction,
+            offload="always" if self.streaming else "never",
         )
 
 
@@ -169,6 +178,8 @@ class CompressReport:
         c, r = self.config, self.rates
         pruned = f", {c.sparsity:.0%} pruned" if c.sparsity else ""
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
+        kind += f", correction {c.compression.corrected:g}" if c.compression.corrected else ", no correction"
+        kind += ", blocks streamed from the host" if c.streaming else ""
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "
             f"{c.length} tokens; {kind}; {place(self.environment)}; matrix products {r.half / 1e12:.3g} TFLOP/s "
@@ -249,7 +260,11 @@ def bench(
             on_stage(f"{PLAIN}: one block")
             plain = _plain(gm, model, batches, config, device)
         del gm
+        if config.streaming:
+            nn.Module.to(model, "cpu")
         gc.collect()  # graphs have cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         on_stage("mpfx: all blocks")
         stages = _compressed(model, batches, config, device)
     floors = {name: work.seconds(rates) for name, work in _floors(groups, config)}

@@ -24,7 +24,7 @@ from mpfx.graph.grouping import (
 from mpfx.graph.linear import is_linear, linear_weight
 from mpfx.graph.live import note_outside, opaque_parts, traced_module
 from mpfx.graph.opaque import OpaquePart
-from mpfx.graph.partition import OUTPUT, Block, blocks, last_readers, run_block
+from mpfx.graph.partition import OUTPUT, Block, blocks, last_readers, run_block, run_on
 from mpfx.graph.producers import (
     Consumer,
     PermutationFold,
@@ -34,7 +34,7 @@ from mpfx.graph.producers import (
     producers,
     scale_folds,
 )
-from mpfx.graph.tracing import bind_inputs, first_samples, run_on, trace
+from mpfx.graph.tracing import bind_inputs, first_samples, trace
 
 __all__ = [
     "OUTPUT",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from mpfx.graph.attention import naming_causal_masks
@@ -100,6 +101,24 @@ def run_block(block: Block, env: Mapping[str, Any], readers: Mapping[str, int]) 
     if block.is_last:
         return {OUTPUT: result}
     return {name: value for name, value in {**env, **result}.items() if readers.get(name, -1) > block.index}
+
+
+def run_on(block: Block, device: torch.device, instead_of: Collection[torch.device]) -> None:
+    """Let a block make its own tensors, such as positions, on the device where its weights and inputs will be.
+
+    Args:
+        block: To be changed.
+        device: Where it will run.
+        instead_of: Devices on which the trace found weights and inputs.
+    """
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) and value in instead_of else value
+
+    for node in block.module.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+    block.module.recompile()
 
 
 def _cut(gm: fx.GraphModule, record: TraceRecord) -> Iterator[Block]:

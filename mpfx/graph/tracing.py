@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph.calls import TracedCall, map_leaves, name_arguments, tensors_in
@@ -78,27 +77,6 @@ def bind_inputs(
         env[name] = values[name] if name in values else node.args[0]
     _check(gm, {**env, **values})
     return env
-
-
-def run_on(gm: fx.GraphModule, device: torch.device) -> None:
-    """Let a graph make its own tensors on another device than that of its example: weights and inputs will be there.
-
-    Args:
-        gm: Traced graph; to be called before anything is analysed.
-        device: Where its blocks will run.
-    """
-    made_on = {t.device for t in tensors_in(list(record_of(gm).call.values.values()))}
-
-    if made_on <= {device}:
-        return
-
-    def moved(value: Any) -> Any:
-        return device if isinstance(value, torch.device) and value in made_on else value
-
-    for node in gm.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, moved)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
-    gm.recompile()
 
 
 def first_samples(gm: fx.GraphModule, values: Mapping[str, Any], count: int = 2) -> dict[str, Any]:

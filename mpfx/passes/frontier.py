@@ -15,21 +15,26 @@ from mpfx.allocate import (
     fit_signals,
     is_free,
     raw_signals,
+    unit_sums,
     with_curves,
 )
 from mpfx.graph import InputGroup, PermutationFold, traced_module
 from mpfx.nn.layout import SEGMENT
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FOLD, annotations, naming_sites
-from mpfx.solve import factorise
+from mpfx.solve import factorise, quadratic_form
 from mpfx.stats import Moments
 
 logger = logging.getLogger("mpfx.allocate")
 
 
-def stacked_weight(model: nn.Module, group: InputGroup, device: torch.device) -> Tensor:
-    """The weights of all sites of a group one below the other, ``(rows, in)`` float32."""
-    return torch.cat([site.weight(model).detach().to(device).float() for site in group.sites])
+def stacked_weight(model: nn.Module, group: InputGroup, device: torch.device, step: int = 1) -> Tensor:
+    """The weights of all sites of a group one below the other, every so manieth row, ``(rows, in)`` float32."""
+    parts, first = [], 0
+    for site in group.sites:
+        parts.append(site.weight(model).detach()[-first % step :: step].to(device).float())
+        first += site.out_features
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,12 @@ def measure_group(
     scale = (2 / moments.tokens) ** 0.5
     weight = stacked_weight(traced_module(gm), group, order.device)[:, order]
     if not config.power:  # without the loss, errors of different layers compare only relative to their outputs
-        output = ((weight @ moments.hessian) * weight).sum(dtype=torch.float64) * (moments.tokens / 4)
-        scale *= float(output.clamp(min=1e-30).sqrt())
+        output = quadratic_form(weight, moments.hessian) * (moments.tokens / 4)
+        scale *= max(output, 1e-30) ** 0.5
     signals = raw_signals(weight, moments, factor.inverse_diagonal * scale**2)
-    features = torch.stack([torch.stack([p.mean() for p in s.split(draft.unit)]) for s in signals.values()], 1)
+    features = unit_sums(torch.stack(list(signals.values())), draft.unit).t().cpu() / draft.sizes[:, None]
     return MeasuredGroup(
-        with_curves(draft, empty, config.patterns, (weight, factor.upper.diagonal() * scale)), features.cpu()
+        with_curves(draft, empty, config.patterns, (weight, factor.upper.diagonal() * scale)), features
     )
 
 

@@ -145,4 +145,4 @@ def _steps(
         yield FoldScales(channels)
     yield solve
     yield Pack()
-    yield FoldPermutations()
+    yield FoldPermutations(runner.device)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from mpfx.graph import note_outside, run_on, trace
+from mpfx.graph import note_outside, trace
 from mpfx.passes.allocate import check_feasible
 from mpfx.passes.base import run_passes
 from mpfx.passes.config import CompressionConfig
@@ -19,7 +18,6 @@ def located_graph(
     kwargs: Mapping[str, Any],
     config: CompressionConfig,
     whole: nn.Module | None = None,
-    device: torch.device | None = None,
 ) -> fx.GraphModule:
     """Trace a call, find what is to be compressed and what belongs together, and check that the config can be met.
 
@@ -29,7 +27,6 @@ def located_graph(
         kwargs: of the call.
         config: what is to be done.
         whole: a larger module that holds it; what this uses of it by other ways must not change.
-        device: where the graph's blocks will run; None: where the module is.
 
     Raises:
         TraceError: if the config is strict and the module cannot be traced whole.
@@ -37,8 +34,6 @@ def located_graph(
         ValueError: if the budget is infeasible, or a pattern of ``block_bits`` matches nothing.
     """
     gm = trace(module, args, kwargs, whole=config.strict)
-    if device is not None:
-        run_on(gm, device)
     if whole is not None:
         note_outside(gm, whole)
     gm = run_passes(gm, analysis(config.scope))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from mpfx.graph import OUTPUT, Block, blocks, last_readers, run_block
+from mpfx.graph import OUTPUT, Block, blocks, last_readers, run_block, run_on
 
 Values = dict[str, Any]
 """What later blocks read of one batch, by name."""
@@ -76,6 +76,10 @@ class Runner:
         return tensor if self.device is None else tensor.to(self.device, non_blocking=tensor.is_pinned())
 
     def _placed(self, parts: Sequence[Block]) -> Iterator[Block]:
+        homes = {slot.home.device for block in parts for slot in _slots(block) if is_away(slot.home, self.device)}
+        if self.device is not None and homes - {self.device}:
+            for block in parts:
+                run_on(block, self.device, homes)
         with ExitStack() as stack:
             fetch = _Fetcher(self.device, stack)
             for block, following in zip(parts, (*parts[1:], None), strict=True):
@@ -183,9 +187,9 @@ def is_away(tensor: Tensor, device: torch.device | None) -> bool:
 
 def most_bytes(device: torch.device, offload: str) -> int | None:
     """What a :class:`Runner` may fill with values between blocks, for `offload` as configs name it."""
-    if offload == "always":
-        return 0
-    return _total(device) // 2 if offload == "auto" and device.type == "cuda" else None
+    if device.type != "cuda" or offload == "never":
+        return None
+    return 0 if offload == "always" else _total(device) // 2
 
 
 def stays_on_host(model: nn.Module, device: torch.device, offload: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from mpfx.allocate import ChannelScales, GroupPlan, search_scales
+from mpfx.allocate import SAMPLE, ChannelScales, GroupPlan, search_scales
 from mpfx.graph import InputGroup, ScaleFold, rescale, scale_folds, traced_module
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
@@ -53,7 +53,8 @@ class FoldScales(Pass):
                 if half and fold.kind == "norm_plus_one":  # even a power of two changes what 1 + w rounds to
                     continue
                 moments = self.moments[group.name]
-                weight = stacked_weight(model, group, moments.power.device)
+                step = -(-sum(site.out_features for site in group.sites) // SAMPLE)
+                weight = stacked_weight(model, group, moments.power.device, step)
                 found = search(weight, moments, unit, plans[group.name], powers_of_two=half)
                 logger.debug("%s: exponent %g, error x %.3f", group.name, found.exponent, found.gain)
                 if found.exponent > 0:
