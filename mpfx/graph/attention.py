@@ -38,7 +38,7 @@ def naming_causal_masks(node: fx.Node) -> None:
 
 def _is_causal(mask: Tensor, queries: int, keys: int) -> bool:
     """Whether every query may see itself and what is before it, and nothing else; looked at once for a mask."""
-    if mask.dtype != torch.bool or queries != keys or mask.shape[-2:] != (queries, keys):
+    if mask.is_meta or mask.dtype != torch.bool or queries != keys or mask.shape[-2:] != (queries, keys):
         return False
     known = getattr(mask, _KNOWN, None)
     if known is None or known[0] != _version(mask):
