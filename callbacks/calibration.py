@@ -1,4 +1,4 @@
-"""Watch a module during a validation loop: its real calls, what its Linears read, and what they mean to the loss."""
+"""Watch a module during a validation loop: its real calls, and what the outputs of its Linears mean to the loss."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,21 +16,20 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 from typing_extensions import override
 
-from mpfx.graph import InputGroup, bind_inputs, first_samples
+from mpfx.graph import bind_inputs, first_samples
 from mpfx.passes import (
     Calibration,
     CompressionConfig,
-    Reading,
+    Runner,
+    Sensed,
     Sensing,
     check_feasible,
-    finalised,
     located,
     located_graph,
-    observed,
+    most_bytes,
     padding_masks,
     run_passes,
 )
-from mpfx.stats import MomentAccumulator, Moments
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
 """From a module and a batch to a scalar loss that can be differentiated: the mean over the batch's samples, or over its
@@ -40,29 +39,25 @@ _LOSS_SCALE = 2.0**10  # keeps the gradients of a mean loss within float16's ran
 
 
 class CallRecorder:
-    """Record the calls of a module; from the first one on, also the statistics of its sites' inputs.
+    """Record the calls of a module.
 
     Needs no Trainer: open it, run the module on calibration data, close it. No hook is left behind.
 
     Args:
         module: whose calls are recorded.
-        prepare: called once, with the arguments of the first call, before that call runs. Returns the traced module
-            and the input groups to observe (none: only the calls are recorded).
+        prepare: called once, with the arguments of the first call, before that call runs. Returns the traced module.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        prepare: Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, list[InputGroup]]],
+        prepare: Callable[[tuple[Any, ...], dict[str, Any]], fx.GraphModule],
     ) -> None:
         self.module = module
         self.graph_module: fx.GraphModule | None = None
         self.calls: list[dict[str, Any]] = []
-        self.reading = Reading()
         self._prepare, self._paused = prepare, False
         self._hooks = ExitStack()
-        self._accumulators: dict[str, MomentAccumulator] = {}
-        self._groups: list[InputGroup] = []
 
     def open(self) -> None:
         """Start to listen."""
@@ -76,16 +71,11 @@ class CallRecorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, calls are not recorded."""
-        before, self.reading, self._paused = self.reading, Reading(paused=True), True
+        self._paused = True
         try:
             yield
         finally:
-            self.reading, self._paused = before, False
-
-    def take_moments(self) -> dict[str, Moments]:
-        """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
-        taken = finalised(self._accumulators, self._groups)
-        return {group.name: moments for group, moments, _ in taken if moments is not None}
+            self._paused = False
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._paused:
@@ -97,28 +87,22 @@ class CallRecorder:
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
             if self.graph_module is None:
-                self._start(args, kwargs)
-            assert self.graph_module is not None
+                self.close()  # tracing calls the module: it must not record itself
+                self.graph_module = self._prepare(args, kwargs)
+                self.open()
             values = bind_inputs(self.graph_module, args, kwargs)
-            self.reading = Reading(padding_masks(values))
             self.calls.append(pytree.tree_map_only(Tensor, lambda t: t.to("cpu"), values))
-
-    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.close()  # tracing calls the module: it must not record itself
-        self.graph_module, self._groups = self._prepare(args, kwargs)
-        self.open()
-        self._accumulators = self._hooks.enter_context(observed(self.graph_module, self._groups, lambda: self.reading))
 
 
 class ModelCalibration(Callback):
     """Gather in one ``trainer.validate(module, calibration_data)`` all that a compression needs.
 
-    While the loop runs, the callback records the real calls of the target module, traces it at the first one, and
-    gathers the statistics of every input group. With guidance, it runs every batch once more, forward and backward,
-    for the sensitivity of the loss; the loop's own results are undisturbed.
+    While the loop runs, the callback records the real calls of the target module and traces it at the first one. With
+    guidance, it runs every batch once more, forward and backward, for the sensitivity of the loss; the loop's own
+    results are undisturbed. What the Linears read is observed after the loop, block by block.
 
     Args:
-        configs: what will be done: one or more, alike in scope, passes and strictness.
+        configs: what will be done: one or more, alike in scope, passes, strictness and `offload`.
         module: path of the submodule to compress; "" for the LightningModule itself.
         loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
             (itself, or under "loss"). A step that does more than that, such as collecting results, needs it: the step
@@ -130,7 +114,7 @@ class ModelCalibration(Callback):
     """
 
     def __init__(self, *configs: CompressionConfig, module: str = "", loss: Loss | None = None) -> None:
-        for name in ("scope", "passes", "strict"):
+        for name in ("scope", "passes", "strict", "offload"):
             if any(getattr(config, name) != getattr(configs[0], name) for config in configs):
                 raise ValueError(f"Expected configs of one calibration to be alike in `{name}` but they differ.")
         self.configs, self.module, self.loss = configs, module, loss
@@ -141,6 +125,7 @@ class ModelCalibration(Callback):
         self._random: list[Tensor] = []
         self._batch: Any = None
         self._sensed = 0
+        self._runner = Runner()
         self._way_back = ExitStack()  # of the user's own passes
         self._started = 0.0
 
@@ -156,18 +141,18 @@ class ModelCalibration(Callback):
         self._begin(trainer, pl_module)
 
     def take_calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calls: Iterable[dict[str, Any]]) -> None:
-        """Take the place of a validation loop, where nothing has to be observed: the module runs on none of the calls.
+        """Take the place of a validation loop where no loss is needed: the module runs on no call as a whole.
 
         Args:
-            trainer: whose precision is computed in; it does not run.
-            pl_module: on the device to compute on.
-            calls: keyword arguments of every call of the target module, on that device.
+            trainer: whose precision and device are computed in; it does not run.
+            pl_module: on the device to compute on; or on the host, then its blocks move to the device one at a time.
+            calls: keyword arguments of every call of the target module, where the module is.
 
         Raises:
-            ValueError: if something has to be observed.
+            ValueError: if a loss is needed.
         """
-        if self.observes:
-            raise ValueError("Expected a config that needs no statistics: run `trainer.validate` with this callback.")
+        if self.guided:
+            raise ValueError("Expected a config with `guidance: 0`: run `trainer.validate` with this callback.")
         recorder = self._begin(trainer, pl_module)
         try:
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
@@ -179,15 +164,16 @@ class ModelCalibration(Callback):
         self._end(trainer, pl_module, recorder)
 
     @property
-    def observes(self) -> bool:
-        """Whether the module has to run on the calibration data."""
-        return any(config.observed for config in self.configs)
+    def guided(self) -> bool:
+        """Whether a loss has to be differentiated on the calibration data."""
+        return any(config.power for config in self.configs)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CallRecorder:
         if trainer.world_size > 1:
             raise ValueError(
                 f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
             )
+        self._runner = runner_of(trainer, self.configs[0])
         self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
         self._recorder.open()
         self._started = time.perf_counter()
@@ -231,11 +217,9 @@ class ModelCalibration(Callback):
                 f"but `validation_step` made {calls}: set `guidance: 0`."
             )
         self._sensed += 1
-        started, masks = time.perf_counter(), self._recorder.reading.masks
+        started, recorded = time.perf_counter(), self._recorder.calls
         # A mean over fewer would count each of them more.
-        share = averaged_over(self._recorder.calls[-1], masks) / averaged_over(
-            self._recorder.calls[0], padding_masks(self._recorder.calls[0])
-        )
+        share = averaged_over(recorded[-1]) / averaged_over(recorded[0])
 
         def loss() -> Tensor:
             with trainer.precision_plugin.forward_context():
@@ -243,7 +227,7 @@ class ModelCalibration(Callback):
             return value * (share * _LOSS_SCALE) if isinstance(value, Tensor) else value
 
         with self._recorder.paused(), undisturbed(pl_module), naming_batch(batch_idx):
-            self._sensing.batch(loss, masks, pl_module, lambda: replayed(self._random))
+            self._sensing.batch(loss, pl_module, lambda: replayed(self._random))
         self.seconds["sense"] = self.seconds.get("sense", 0.0) + time.perf_counter() - started
 
     def _loss(self, pl_module: pl.LightningModule, batch: Any, *indices: int) -> Any:
@@ -268,9 +252,9 @@ class ModelCalibration(Callback):
                 "ModelCompression(config, module='model')."
             )
         try:
-            sensed = ({}, {}) if self._sensing is None else self._sensing.finalise()
+            sensed = Sensed() if self._sensing is None else self._sensing.finalise()
             self._sensing = None
-            calibration = Calibration(recorder.graph_module, recorder.calls, recorder.take_moments(), *sensed)
+            calibration = Calibration(recorder.graph_module, recorder.calls, sensed)
             self._finish(trainer, pl_module, calibration)
         except BaseException:
             self._drop()
@@ -279,6 +263,10 @@ class ModelCalibration(Callback):
         self._recorder = None
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
+        started = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            calibration.keep(self.configs, self._runner)
+        self.seconds["observe"] += time.perf_counter() - started
         self.calibration = calibration
 
     @override
@@ -308,9 +296,7 @@ class ModelCalibration(Callback):
                 f"{self.module!r}; its children are {names}."
             ) from None
 
-    def _prepare(
-        self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[fx.GraphModule, list[InputGroup]]:
+    def _prepare(self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
         assert self._recorder is not None
         started = time.perf_counter()
         config = self.configs[0]
@@ -320,26 +306,32 @@ class ModelCalibration(Callback):
         self.seconds["trace"] = time.perf_counter() - started
         if config.passes:
             sample = first_samples(gm, bind_inputs(gm, args, kwargs))
-            gm = run_passes(gm, config.passes, [sample], seconds=self.seconds, way_back=self._way_back)
+            gm = run_passes(
+                gm, config.passes, [sample], seconds=self.seconds, run=self._runner.whole, way_back=self._way_back
+            )
         if any(c.power for c in self.configs):
             self._sensing = Sensing(gm, located(gm))
-        plain = any(c.measured and not c.power for c in self.configs)
-        return gm, located(gm) if plain else []
+        return gm
 
 
-def averaged_over(values: Mapping[str, Any], masks: Mapping[str, Tensor]) -> int:
+def runner_of(trainer: pl.Trainer, config: CompressionConfig) -> Runner:
+    """How the blocks of a calibrated graph run: on the Trainer's device, in its precision."""
+    device = trainer.strategy.root_device
+    return Runner(device, trainer.precision_plugin.forward_context, most_bytes(device, config.offload))
+
+
+def averaged_over(values: Mapping[str, Any]) -> int:
     """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
 
     Args:
         values: inputs of the call.
-        masks: padding masks among them.
     """
     first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
     if first is None:
         return 1
     if first.dtype.is_floating_point or first.dim() < 2:
         return max(len(first), 1)
-    mask = next((mask for mask in masks.values() if mask.shape == first.shape), None)
+    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
     return max(first.numel() if mask is None else int(mask.sum()), 1)
 
 

@@ -14,9 +14,9 @@ from mpfx.passes import Calibration, CompressionConfig, SolvedGroup, compress_ca
 class ModelCompression(ModelCalibration):
     """Turn one ``trainer.validate(module, calibration_data)`` into a compressed model.
 
-    While the loop runs, the callback records the real calls of the target module, traces it at the first one, and
-    gathers the statistics of every input group (see :class:`ModelCalibration`). When the loop ends it allocates bits,
-    solves block by block and installs the packed modules in the user's own model; the next ``validate`` evaluates the
+    While the loop runs, the callback records the real calls of the target module and traces it at the first one (see
+    :class:`ModelCalibration`). When the loop ends it observes what the Linears read, allocates bits, solves block by
+    block and installs the packed modules in the user's own model; the next ``validate`` evaluates the
     compressed one. Loops after that are left alone.
 
     Args:
@@ -54,10 +54,10 @@ class ModelCompression(ModelCalibration):
             compressed = compress_calibrated(
                 calibration,
                 self.config,
-                device=pl_module.device,
-                context=trainer.precision_plugin.forward_context,
+                runner=self._runner,
                 on_block=lambda name, share: bar.update(task, completed=share, name=name),
             )
+        self.seconds["observe"] += compressed.seconds.pop("observe", 0.0)
         self.seconds.update(compressed.seconds)
         self.graph_module, self.solved = compressed.graph_module, compressed.solved
 

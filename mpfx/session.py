@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from mpfx.allocate import Domain, relative_gap
 from mpfx.callbacks import ModelCalibration
+from mpfx.callbacks.calibration import runner_of
 from mpfx.config import RunConfig, TrainerConfig
 from mpfx.graph import trace
 from mpfx.hub.source import Source, load_model
@@ -32,11 +33,12 @@ from mpfx.passes import (
     check_feasible,
     compress_calibrated,
     run_passes,
+    stays_on_host,
 )
 from mpfx.passes.allocate import domains
 from mpfx.report import AllocationReport, SiteReport
 
-SHARED = ("model", "calibration", "evaluation", "trainer", "trust_remote_code", "scope", "passes", "strict")
+SHARED = ("model", "calibration", "evaluation", "trainer", "trust_remote_code", "scope", "passes", "strict", "offload")
 """Fields in which the configs of one session have to be alike: they make the calibration what it is."""
 
 
@@ -149,16 +151,18 @@ class Session:
             }
 
     def loop(self, callback: ModelCalibration) -> None:
-        """Run the calibration data through the model, watched by a callback, if there is anything to watch."""
+        """Hand the calibration data to a callback; a validation loop runs if it needs a loss."""
         trainer = trainer_of(self.config.trainer, self.config.progress, callback)
         batches = self.data.calibration_dataloader()
-        if callback.observes:
+        if callback.guided:
             validate(trainer, self.module, batches)
             return
         device = trainer.strategy.root_device
-        trainer.precision_plugin.convert_module(self.module).to(device)
+        trainer.precision_plugin.convert_module(self.module)
+        home = torch.device("cpu") if stays_on_host(self.module, device, self.config.offload) else device
+        self.module.to(home)
         inputs = (model_inputs(self.source.model, batch) for batch in batches)
-        moved = (pytree.tree_map_only(Tensor, lambda t: t.to(device), values) for values in inputs)
+        moved = (pytree.tree_map_only(Tensor, lambda t: t.to(home), values) for values in inputs)
         callback.take_calls(trainer, self.module, moved)
 
     def calibrate(self, configs: Sequence[CompressionConfig]) -> None:
@@ -182,15 +186,15 @@ class Session:
         if self._calibration is None:
             raise RuntimeError("Expected a calibrated session: call `calibrate` first.")
         device = self.trainer.strategy.root_device
-        self.module.to(device)  # a Trainer takes it back to the host
+        if not stays_on_host(self.module, device, config.offload):
+            self.module.to(device)  # a Trainer takes it back to the host
         before = self.seconds.get("evaluate", 0.0)
         with ExitStack() as way_back:
             with torch.inference_mode(False), status("compressing", self.config.progress) as shown:
                 compressed = compress_calibrated(
                     self._calibration,
                     config,
-                    device=device,
-                    context=self.trainer.precision_plugin.forward_context,
+                    runner=runner_of(self.trainer, config),
                     on_block=lambda name, share: None if shown is None else shown.update(f"{share:.0%} {name}"),
                     way_back=way_back,
                 )

@@ -74,7 +74,7 @@ def test_what_observes_nothing_equals_a_loop_that_runs_the_model(folder: Path, t
     fields["evaluation"] |= {"data": f"{folder / 'c4'}:en:validation", "samples": 8, "length": 32}
     config = parse_run({**fields, "model": str(folder / "opt"), "trainer": {"accelerator": "cpu"}, "progress": False})
     session, callback = Session(config), ModelCompression(config, module="model", progress=False)
-    assert not callback.observes
+    assert not callback.guided
     evaluate(
         make_trainer("cpu", callbacks=[callback], progress=False), session.module, session.data.calibration_dataloader()
     )

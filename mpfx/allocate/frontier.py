@@ -122,8 +122,15 @@ def measure_curve(
         layout = Layout(weight.shape[1], (bits,) * -(-weight.shape[1] // SEGMENT), grid.group_size)
         change = round_nearest(sample, layout, grid, pruned) - sample
         per_channel = change.square().sum(0, dtype=torch.float64) * cost
-        columns.append(torch.stack([part.sum() for part in per_channel.split(unit)]))
-    return torch.stack(columns, 1).cpu()
+        columns.append(per_channel)
+    return unit_sums(torch.stack(columns), unit).t().cpu()
+
+
+def unit_sums(values: Tensor, unit: int) -> Tensor:
+    """Sums over the channels of every unit, ``(..., units)``, of values ``(..., in)``; the last unit may be smaller."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % unit))
+    sums: Tensor = padded.unflatten(-1, (-1, unit)).sum(-1)
+    return sums
 
 
 def _pruned(weight: Tensor, diagonal: Tensor, sparsity: Sparsity) -> Tensor | None:

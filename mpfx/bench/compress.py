@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 from mpfx.bench.device import current, device_of, dtype_of, environment, last_level_cache
 from mpfx.bench.models import config_of, random_model
 from mpfx.bench.plain import plain_block, solve_plain
 from mpfx.bench.report import place
-from mpfx.bench.stages import HESSIAN, SOLVE, Meter, Stage
+from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
-from mpfx.graph import bind_inputs, blocks, linear_weight, run_block, traced_module
+from mpfx.graph import bind_inputs, blocks, last_readers, linear_weight, run_block, traced_module
 from mpfx.lm import CausalLM, evaluate, make_trainer
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
@@ -32,7 +32,7 @@ HEAD = ("stage", "seconds", "floor", "times the floor", "peak GB")
 TOTAL = "graph to packed modules"
 PLAIN = "the plain loop"
 
-_OTHER = "other"
+_RUN, _OTHER = "run", "other"
 _DENSE_BITS = 16
 
 
@@ -49,6 +49,9 @@ class CompressConfig:
         bits: stored bits per weight.
         sparsity: share to prune; None: none.
         guided: whether the loss's sensitivities are gathered and used.
+        correction: share of earlier blocks' error that is made up for, which takes another run of the dense model.
+            None: as by default if guided, else 0.
+        streaming: whether the model stays on the host and its blocks move to the device one at a time.
         plain: whether the plain loop runs too, on one block: 4-bit codes in groups of 128, the same sparsity.
         parts: whether the parts of stages are measured too. The device is waited for at the bounds of each, which takes
             time: without them stages are as fast as they are.
@@ -67,6 +70,8 @@ class CompressConfig:
     bits: float = 4.0
     sparsity: float | None = None
     guided: bool = False
+    correction: float | None = None
+    streaming: bool = False
     plain: bool = True
     parts: bool = True
     device: str | None = None
@@ -80,6 +85,8 @@ class CompressConfig:
             raise ValueError(f"Expected `length` of 3 or more but got {self.length}.")
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
+        if self.streaming and self.guided:
+            raise ValueError("Expected `streaming` without `guided`, whose loop runs the whole model on the device.")
 
     @property
     def compression(self) -> CompressionConfig:
@@ -88,6 +95,8 @@ class CompressConfig:
             bits_per_weight=self.bits,
             sparsity=self.sparsity,
             guidance=None if self.guided else 0.0,
+            correction=0.0 if self.correction is None and not self.guided else self.correction,
+            offload="always" if self.streaming else "never",
         )
 
 
@@ -169,6 +178,8 @@ class CompressReport:
         c, r = self.config, self.rates
         pruned = f", {c.sparsity:.0%} pruned" if c.sparsity else ""
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
+        kind += f", correction {c.compression.corrected:g}" if c.compression.corrected else ", no correction"
+        kind += ", blocks streamed from the host" if c.streaming else ""
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "
             f"{c.length} tokens; {kind}; {place(self.environment)}; matrix products {r.half / 1e12:.3g} TFLOP/s "
@@ -249,7 +260,11 @@ def bench(
             on_stage(f"{PLAIN}: one block")
             plain = _plain(gm, model, batches, config, device)
         del gm
+        if config.streaming:
+            nn.Module.to(model, "cpu")
         gc.collect()  # graphs have cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         on_stage("mpfx: all blocks")
         stages = _compressed(model, batches, config, device)
     floors = {name: work.seconds(rates) for name, work in _floors(groups, config)}
@@ -305,10 +320,10 @@ def _plain(
 ) -> Stage:
     """Seconds and peak of the plain loop on the first repeated block, whose weights are as before afterwards."""
     parts = blocks(gm)
-    first = next(block for block in parts if block.repeated and block.sites)
+    readers, first = last_readers(parts), next(block for block in parts if block.repeated and block.sites)
     streams = [bind_inputs(gm, (), _inputs(model, batch)) for batch in batches]
     for block in parts[: first.index]:
-        streams = [run_block(block, values, parts[block.index + 1 :]) for values in streams]
+        streams = [run_block(block, values, readers) for values in streams]
     weights = {path: linear_weight(traced_module(gm).get_submodule(path)) for path in first.sites}
     before = {path: weight.cpu().clone() for path, weight in weights.items()}
     meter = Meter(device)
@@ -316,7 +331,7 @@ def _plain(
         plain_block(
             gm,
             first,
-            parts[first.index + 1 :],
+            readers,
             streams,
             lambda weight, hessian: solve_plain(weight, hessian, 4, 128, config.sparsity or 0.0),
         )
@@ -334,12 +349,30 @@ def _compressed(
     where: Any = [device.index or 0] if device.type == "cuda" else 1
     trainer = make_trainer("gpu" if device.type == "cuda" else "cpu", where, callbacks=[callback], progress=False)
     loader: DataLoader[Any] = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
-    with meter.watching(config.parts), meter.stage("observe"):
-        evaluate(trainer, CausalLM(model), loader)
-    inner = {name.removeprefix("observe/"): stage for name, stage in meter.stages.items() if "/" in name}
-    order = ["trace", "observe", "sense", "allocate", "scale", SOLVE, "pack", "fold"]
-    observed = {f"observe/{HESSIAN}": inner.pop(HESSIAN)} if HESSIAN in inner else {}
-    found = {**inner, **observed, "observe": Stage(callback.seconds["observe"], meter.stages["observe"].peak)}
+    module = CausalLM(model)
+    with meter.watching(config.parts), meter.stage(_RUN):
+        if config.guided:
+            evaluate(trainer, module, loader)
+        else:
+            callback.take_calls(trainer, module, (_inputs(model, batch) for batch in batches))
+    return _in_order(meter.stages, callback.seconds["observe"])
+
+
+def _in_order(measured: Mapping[str, Stage], observing: float) -> dict[str, Stage]:
+    """Stages of one run in the order of the run, each before its parts.
+
+    Args:
+        measured: as they lie in one another: allocation asks for what is observed.
+        observing: seconds of the loop over the calibration data and of all that was observed.
+    """
+    order = ["trace", "sense", OBSERVE, ALLOCATE, "scale", SOLVE, "pack", "fold"]
+    inner = {name.removeprefix(f"{_RUN}/"): stage for name, stage in measured.items() if "/" in name}
+    nested = f"{ALLOCATE}/{OBSERVE}"
+    found = {name.replace(nested, OBSERVE): stage for name, stage in inner.items()}
+    if nested in inner:
+        spent, observed = found[ALLOCATE], inner[nested]
+        found[ALLOCATE] = Stage(spent.seconds - observed.seconds, spent.peak)
+    found[OBSERVE] = Stage(observing, found.get(OBSERVE, measured[_RUN]).peak)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0].partition("/")[0]), "/" in item[0])))
 
 
@@ -359,7 +392,7 @@ def _with_rests(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 
 def _rest_of(stage: str) -> str:
     """What a stage does beside its parts: mostly, it runs the model."""
-    return {"sense": "forward and backward"}.get(stage, "forward" if stage in ("observe", SOLVE) else _OTHER)
+    return "forward" if stage in (OBSERVE, SOLVE) else _OTHER
 
 
 def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterator[tuple[str, Work]]:
@@ -377,11 +410,9 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     sweep = Work(single=sum(float(rows) * channels**2 for channels, rows in groups))  # each channel on all later ones
     read = Work(nbytes=weights * _DENSE_BITS / 8)
     written = Work(nbytes=weights * config.bits / 8)
-    unguided = Work() if config.guided else hessian
-    yield "observe", forward + unguided
-    yield f"observe/{HESSIAN}", unguided
-    yield "sense", forward + forward + hessian
-    yield f"sense/{HESSIAN}", hessian
+    yield OBSERVE, forward + hessian
+    yield f"{OBSERVE}/{HESSIAN}", hessian
+    yield "sense", forward + forward
     yield "allocate", factor + read
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
     yield f"{SOLVE}/{HESSIAN}", hessian

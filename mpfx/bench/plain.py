@@ -91,7 +91,7 @@ def _fit(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def plain_block(
     gm: fx.GraphModule,
     block: Block,
-    later: Sequence[Block],
+    readers: Mapping[str, int],
     streams: Sequence[Mapping[str, Any]],
     solve: Callable[[Tensor, Tensor], Tensor],
 ) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def plain_block(
     Args:
         gm: traced; the weights of the block are solved ones afterwards.
         block: of ``gm``.
-        later: blocks after it.
+        readers: :func:`mpfx.graph.last_readers` of all blocks.
         streams: what the block reads, a dict a batch.
         solve: from a weight and its Hessian to the solved weight.
 
@@ -111,11 +111,11 @@ def plain_block(
     linears = {path: model.get_submodule(path) for path in block.sites}
     with _hessians(linears) as hessians:
         for values in streams:
-            run_block(block, values, later)
+            run_block(block, values, readers)
     for path, module in linears.items():
         weight = linear_weight(module)
         weight.copy_(solve(weight, hessians.pop(path).hessian))
-    return [run_block(block, values, later) for values in streams]
+    return [run_block(block, values, readers) for values in streams]
 
 
 @contextmanager

@@ -11,17 +11,28 @@ from typing import Any
 import torch
 
 from mpfx.callbacks import calibration
-from mpfx.passes import Allocate, FoldPermutations, FoldScales, Pack, PruneAndQuantize, Sensing, solve
+from mpfx.passes import (
+    Allocate,
+    FoldPermutations,
+    FoldScales,
+    Pack,
+    PruneAndQuantize,
+    Sensing,
+    frontier,
+    pipeline,
+    solve,
+)
 from mpfx.report import peak_memory_bytes, reset_peak_memory
 from mpfx.stats import MomentAccumulator
 
-SOLVE = "solve"
+OBSERVE, ALLOCATE, SOLVE = "observe", "allocate", "solve"
 HESSIAN = "Hessian"
 
 _STAGES: tuple[tuple[Any, str, str], ...] = (
     (calibration, "located_graph", "trace"),
     (Sensing, "batch", "sense"),
-    (Allocate, "__call__", "allocate"),
+    (pipeline, "dense_moments", OBSERVE),
+    (Allocate, "__call__", ALLOCATE),
     (FoldScales, "__call__", "scale"),
     (PruneAndQuantize, "__call__", SOLVE),
     (Pack, "__call__", "pack"),
@@ -31,6 +42,8 @@ _STAGES: tuple[tuple[Any, str, str], ...] = (
 
 _PARTS: tuple[tuple[Any, str, str], ...] = (
     (MomentAccumulator, "update", HESSIAN),
+    (frontier, "factorise", "factor"),
+    (frontier, "with_curves", "curves"),
     (solve, "factorise", "factor"),
     (solve, "sweep", "sweep"),
     (solve, "refine", "refine"),
@@ -112,6 +125,17 @@ class Meter:
         @wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.stage(stage):
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
+            return self._each(result, stage) if isinstance(result, Iterator) else result
 
         return run
+
+    def _each(self, items: Iterator[Any], stage: str) -> Iterator[Any]:
+        """Measure what makes items when they are asked for."""
+        end = object()
+        while True:
+            with self.stage(stage):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item

@@ -24,7 +24,7 @@ from mpfx.graph.grouping import (
 from mpfx.graph.linear import is_linear, linear_weight
 from mpfx.graph.live import note_outside, opaque_parts, traced_module
 from mpfx.graph.opaque import OpaquePart
-from mpfx.graph.partition import OUTPUT, Block, blocks, run_block
+from mpfx.graph.partition import OUTPUT, Block, blocks, last_readers, run_block, run_on
 from mpfx.graph.producers import (
     Consumer,
     PermutationFold,
@@ -59,6 +59,7 @@ __all__ = [
     "input_groups",
     "inputs_behind",
     "is_linear",
+    "last_readers",
     "linear_weight",
     "note_outside",
     "opaque_parts",
@@ -68,6 +69,7 @@ __all__ = [
     "rescale",
     "row_order",
     "run_block",
+    "run_on",
     "scale_folds",
     "sites",
     "trace",

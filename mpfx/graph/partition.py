@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from mpfx.graph.attention import naming_causal_masks
 from mpfx.graph.experts import ExpertStack
 from mpfx.graph.linear import is_linear, paths_around
 from mpfx.graph.live import WHOLE, TraceRecord, live_module, node_info, record_of
@@ -73,7 +75,12 @@ def blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
     return record.cached("blocks", gm.graph, lambda: tuple(_cut(gm, record)))
 
 
-def run_block(block: Block, env: Mapping[str, Any], later: Sequence[Block]) -> dict[str, Any]:
+def last_readers(parts: Iterable[Block]) -> dict[str, int]:
+    """The index of the last block that reads a value, by the value's name."""
+    return {name: block.index for block in parts for name in block.needs}
+
+
+def run_block(block: Block, env: Mapping[str, Any], readers: Mapping[str, int]) -> dict[str, Any]:
     """Run one block on the values of one batch.
 
     To stream batches, start with ``env = bind_inputs(gm, args, kwargs)`` for each of them, and for every block
@@ -82,7 +89,7 @@ def run_block(block: Block, env: Mapping[str, Any], later: Sequence[Block]) -> d
     Args:
         block: The block to run.
         env: The values known so far, by name.
-        later: The blocks that will still run, ``blocks(gm)[block.index + 1:]``.
+        readers: `last_readers` of all blocks that are to run, this one among them or not.
 
     Returns:
         The values that the later blocks need; after the last block the model's result under ``"output"``.
@@ -93,9 +100,25 @@ def run_block(block: Block, env: Mapping[str, Any], later: Sequence[Block]) -> d
     result = block.module(**{name: env[name] for name in block.needs})
     if block.is_last:
         return {OUTPUT: result}
-    known = {**env, **result}
-    needed = dict.fromkeys(name for other in later for name in other.needs)
-    return {name: known[name] for name in needed if name in known}
+    return {name: value for name, value in {**env, **result}.items() if readers.get(name, -1) > block.index}
+
+
+def run_on(block: Block, device: torch.device, instead_of: Collection[torch.device]) -> None:
+    """Let a block make its own tensors, such as positions, on the device where its weights and inputs will be.
+
+    Args:
+        block: To be changed.
+        device: Where it will run.
+        instead_of: Devices on which the trace found weights and inputs.
+    """
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) and value in instead_of else value
+
+    for node in block.module.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+    block.module.recompile()
 
 
 def _cut(gm: fx.GraphModule, record: TraceRecord) -> Iterator[Block]:
@@ -351,6 +374,7 @@ def _part_module(gm: fx.GraphModule, record: TraceRecord, part: _Part, is_last: 
             copies[node] = graph.call_method("clone", (copies[node],))
     for node in part.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
+        naming_causal_masks(copies[node])
     result = output.args[0] if is_last else _handed_on(part, inside)
     graph.output(fx.node.map_arg(result, lambda n: copies[n]))
     return live_module(record.model, graph, record.constants)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,14 +46,18 @@ class QuantizedWeight:
         """Return the weight ``(out, in)`` in float32, exactly 0 where it is pruned or left out."""
         weight = torch.zeros(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         scales, grid = decoded(self.scales, self.layout), 0
-        for group in self.layout.groups:
-            codes = self.codes[:, group.start : group.stop]
-            if group.quantized:
-                zero = float(1 << group.bits - 1) if self.zeros is None else self.zeros[:, grid, None].float()
-                weight[:, group.start : group.stop] = (codes - zero) * scales[:, grid, None]
-                grid += 1
-            elif group.bits != LEFT_OUT:
-                weight[:, group.start : group.stop] = codes.to(torch.int16).view(torch.float16).float()
+        # Adjacent groups of one kind in one go.
+        for (bits, channels), alike in groupby(self.layout.groups, key=lambda group: (group.bits, group.channels)):
+            groups = list(alike)
+            inside, grids = slice(groups[0].start, groups[-1].stop), slice(grid, grid + len(groups))
+            codes = self.codes[:, inside]
+            if groups[0].quantized:
+                zero = float(1 << bits - 1) if self.zeros is None else self.zeros[:, grids, None].float()
+                values = (codes.unflatten(1, (-1, channels)) - zero).mul_(scales[:, grids, None])
+                weight[:, inside] = values.flatten(1)
+                grid += len(groups)
+            elif bits != LEFT_OUT:
+                weight[:, inside] = codes.to(torch.int16).view(torch.float16).float()
         return weight if self.kept is None else weight.masked_fill_(~self.kept, 0.0)
 
 
@@ -110,6 +115,11 @@ class PackedWeight:
             "mask": self.mask,
             "widths": self.widths,
         }
+
+    def to(self, device: torch.device) -> "PackedWeight":
+        """The same weight on another device."""
+        moved = {name: None if part is None else part.to(device) for name, part in self.parts.items()}
+        return PackedWeight.of(moved, self.layout)
 
     @property
     def out_features(self) -> int:
@@ -238,21 +248,28 @@ def _unpack_streams(packed: PackedWeight, kept: Tensor) -> Tensor:
 def _pack_zeros(weight: QuantizedWeight) -> Tensor | None:
     if weight.zeros is None:
         return None
-    parts = [pack_codes(weight.zeros[:, g], group.bits) for g, group in enumerate(weight.layout.grids)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device=weight.codes.device)
+    parts, start = [weight.codes.new_empty(0, dtype=torch.int32)], 0
+    for bits, count in _grids_alike(weight.layout):
+        parts.append(pack_codes(weight.zeros[:, start : start + count].t(), bits).flatten())
+        start += count
+    return torch.cat(parts)
 
 
 def _unpack_zeros(packed: PackedWeight) -> Tensor | None:
     if packed.zeros is None:
         return None
-    columns, start = [], 0
-    for group in packed.layout.grids:
-        stop = start + words(packed.out_features, group.bits)
-        columns.append(unpack_codes(packed.zeros[start:stop], group.bits, packed.out_features))
+    parts, start = [torch.empty(0, packed.out_features, dtype=torch.uint8, device=packed.codes.device)], 0
+    for bits, count in _grids_alike(packed.layout):
+        stop = start + count * words(packed.out_features, bits)
+        of_width = unpack_codes(packed.zeros[start:stop].view(count, -1), bits, packed.out_features)
+        parts.append(of_width.to(torch.uint8))
         start = stop
-    if not columns:
-        return torch.empty(packed.out_features, 0, dtype=torch.uint8, device=packed.codes.device)
-    return torch.stack(columns, 1).to(torch.uint8)
+    return torch.cat(parts).t().contiguous()
+
+
+def _grids_alike(layout: Layout) -> list[tuple[int, int]]:
+    """Width and number of adjacent grids of one width."""
+    return [(bits, len(list(alike))) for bits, alike in groupby(layout.grids, key=lambda group: group.bits)]
 
 
 def validate(packed: PackedWeight) -> None:

@@ -4,10 +4,11 @@ from mpfx.passes.allocate import ALLOCATIONS, Allocate, check_feasible
 from mpfx.passes.base import Pass, PassError, PassResult, run_passes
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FindProducers, GroupInputs, LocateSites, analysis, located
-from mpfx.passes.observe import Reading, finalised, observed, padding_masks
+from mpfx.passes.observe import Reading, Sensed, dense_moments, finalised, observed, padding_masks
 from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.pipeline import Calibration, Compressed, compress_calibrated
 from mpfx.passes.preflight import located_graph
+from mpfx.passes.running import Runner, most_bytes, stays_on_host
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.scope import Scope
 from mpfx.passes.sense import Sensing
@@ -30,19 +31,24 @@ __all__ = [
     "PassResult",
     "PruneAndQuantize",
     "Reading",
+    "Runner",
     "Scope",
+    "Sensed",
     "Sensing",
     "SolveConfig",
     "SolvedGroup",
     "analysis",
     "check_feasible",
     "compress_calibrated",
+    "dense_moments",
     "finalised",
     "located",
     "located_graph",
+    "most_bytes",
     "observed",
     "padding_masks",
     "run_passes",
     "solve_group",
     "solved_groups",
+    "stays_on_host",
 ]

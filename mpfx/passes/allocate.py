@@ -1,9 +1,10 @@
 """Decide the bits of every channel."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,9 +30,16 @@ from mpfx.allocate import (
 from mpfx.graph import InputGroup, PermutationFold, blocks, traced_module
 from mpfx.nn.layout import RAW_BITS, SEGMENT, WIDTHS
 from mpfx.passes.base import Pass, PassResult
-from mpfx.passes.config import CompressionConfig
-from mpfx.passes.frontier import measured_frontier, stacked_weight, unmeasured_frontier
-from mpfx.passes.locate import FOLD, annotate, annotations, located, naming_sites
+from mpfx.passes.config import SCORED, CompressionConfig
+from mpfx.passes.frontier import (
+    MeasuredGroup,
+    joined_frontier,
+    located_folds,
+    measure_group,
+    stacked_weight,
+    unmeasured_frontier,
+)
+from mpfx.passes.locate import annotate, annotations, located, naming_sites
 from mpfx.solve import factorise
 from mpfx.stats import Moments
 
@@ -50,11 +58,13 @@ class Allocate(Pass):
 
     Args:
         config: strategy, size and all that goes with them.
-        moments: of the dense model's inputs, by name of the input group; empty for strategies that score nothing.
+        moments: of the dense model's inputs, each behind the name of its input group; none for strategies that score
+            nothing. They are taken one after the other and none is kept, as Hessians are large: an iterator may make
+            them meanwhile (:func:`mpfx.passes.observe.dense_moments`).
     """
 
     config: CompressionConfig
-    moments: Mapping[str, Moments]
+    moments: Iterable[tuple[str, Moments]] = ()
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are located, and observed where the strategy needs it."""
@@ -67,25 +77,29 @@ class Allocate(Pass):
                 f"Expected no forward hooks on sites, as packed modules would not run them, but {hooked[:5]} got some "
                 "since the trace: remove them, register them before, or exclude these sites (`scope.exclude`)."
             )
-        if (self.config.scored or self.config.allocation == "optimal") and (
-            lacking := [g.name for g in groups if g.name not in self.moments]
-        ):
-            raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
 
+    @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Annotate."""
+        measure = {"optimal": self._measure, **dict.fromkeys(SCORED, self._score)}.get(self.config.allocation)
+        groups, folds = {group.name: group for group in located(gm)}, located_folds(gm, self.config)
+        measured: dict[str, Any] = {}
+        for name, moments in self.moments:
+            if measure is not None and name in groups:
+                measured[name] = measure(gm, groups[name], folds.get(name), moments)
+        if measure is not None and (lacking := [name for name in groups if name not in measured]):
+            raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
         plans: dict[str, GroupPlan] = {}
         gm.meta[ALLOCATIONS] = []
-        for target, groups, _ in domains(gm, self.config):
+        for target, members, _ in domains(gm, self.config):
             if self.config.allocation == "optimal":
-                frontier = measured_frontier(gm, groups, self.config, self.moments)
+                frontier = joined_frontier([measured[group.name] for group in members], self.config)
                 chosen = _chosen(gm, frontier, target, self.config)
                 plans.update({plan.name: plan for plan in chosen.plans})
                 gm.meta[ALLOCATIONS].append((frontier, chosen))
                 continue
-            scores = {g.name: self._score(gm, g) for g in groups} if self.config.scored else {}
-            plans.update({plan.name: plan for plan in allocate(_drafts(gm, groups, self.config, scores), target)})
-        annotate(gm, PLAN, [(group.sites[0], group.name, plans[group.name]) for group in located(gm)])
+            plans.update({plan.name: plan for plan in allocate(_drafts(gm, members, self.config, measured), target)})
+        annotate(gm, PLAN, [(group.sites[0], name, plans[name]) for name, group in groups.items()])
         return PassResult(gm, modified=False)
 
     def ensures(self, gm: fx.GraphModule) -> None:
@@ -99,15 +113,20 @@ class Allocate(Pass):
             if size > target + 1e-9:
                 raise ValueError(f"the plan takes {size:.4f} bits per weight, above the {target:g} asked for.")
 
-    def _score(self, gm: fx.GraphModule, group: InputGroup) -> Tensor:
-        weight, moments = stacked_weight(traced_module(gm), group), self.moments[group.name]
+    def _measure(
+        self, gm: fx.GraphModule, group: InputGroup, fold: PermutationFold | None, moments: Moments
+    ) -> MeasuredGroup:
+        return measure_group(gm, group, fold, self.config, moments)
+
+    def _score(self, gm: fx.GraphModule, group: InputGroup, fold: PermutationFold | None, moments: Moments) -> Tensor:
+        weight = stacked_weight(traced_module(gm), group, moments.hessian.device)
         with naming_sites(group):
             factor = factorise(moments.hessian, self.config.damping)
         parts = signals(weight, moments, factor.inverse_diagonal)
         score = importance(parts, self.config.importance)
         for name, part in (*parts.items(), ("importance", score)):
             logger.debug("%s: %s %.4g .. %.4g", group.name, name, float(part.min()), float(part.max()))
-        return score
+        return score.cpu()
 
 
 def _site_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
@@ -118,7 +137,7 @@ def _site_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
 def _drafts(
     gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, scores: Mapping[str, Tensor]
 ) -> list["Draft"]:
-    folds = annotations(gm, FOLD) if config.fold_permutations else {}
+    folds = located_folds(gm, config)
     return [Draft(config, group, scores.get(group.name), folds.get(group.name)) for group in groups]
 
 

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,7 +68,7 @@ def run_passes(
     inputs: Sequence[Mapping[str, Any]] = (),
     *,
     seconds: dict[str, float] | None = None,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    run: Callable[[fx.GraphModule, Mapping[str, Any]], Any] = lambda gm, values: gm(**values),
     way_back: ExitStack | None = None,
 ) -> fx.GraphModule:
     """Run passes in order; check and recompile the graph after each.
@@ -81,7 +81,7 @@ def run_passes(
         inputs: values of all placeholders (:func:`mpfx.graph.bind_inputs`), one mapping a batch: on these, passes that
             preserve the function are compared before and after. None given: they are not.
         seconds: if given, the time that every pass took is added under its name.
-        context: entered around every run of the model (precision plugins).
+        run: runs the graph on one batch.
         way_back: if given, closing it later calls the `undo` of every pass. It may hold on to dense weights.
 
     Raises:
@@ -92,7 +92,7 @@ def run_passes(
     try:
         for step in passes:
             name, started = type(step).__name__, time.perf_counter()
-            gm = _run(gm, step, inputs, context, undo)
+            gm = _run(gm, step, inputs, run, undo)
             if seconds is not None:
                 seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
             done.append(name)
@@ -120,12 +120,12 @@ def _run(
     gm: fx.GraphModule,
     step: Pass,
     inputs: Sequence[Mapping[str, Any]],
-    context: Callable[[], AbstractContextManager[Any]],
+    run: Callable[[fx.GraphModule, Mapping[str, Any]], Any],
     undo: ExitStack,
 ) -> fx.GraphModule:
     step.requires(gm)
     compared = inputs if step.preserves_function else ()
-    before = [_outputs(gm, batch, context) for batch in compared]
+    before = [_outputs(gm, batch, run) for batch in compared]
     result = step(gm)
     if not isinstance(result, PassResult):
         raise TypeError(f"expected it to return a PassResult but got {type(result).__name__}.")
@@ -136,20 +136,20 @@ def _run(
         result.graph_module.recompile()
     step.ensures(result.graph_module)
     for batch, expected in zip(compared, before, strict=True):
-        check_equal(expected, _outputs(result.graph_module, batch, context))
+        check_equal(expected, _outputs(result.graph_module, batch, run))
     return result.graph_module
 
 
 @torch.no_grad()
 def _outputs(
-    gm: fx.GraphModule, batch: Mapping[str, Any], context: Callable[[], AbstractContextManager[Any]]
+    gm: fx.GraphModule, batch: Mapping[str, Any], run: Callable[[fx.GraphModule, Mapping[str, Any]], Any]
 ) -> list[Tensor]:
     """Run on a copy of a batch, which the model may write to, with the same random numbers every time."""
     copied: dict[str, Any] = pytree.tree_map_only(Tensor, torch.clone, dict(batch))
     cuda = {leaf.device for leaf in pytree.tree_leaves(copied) if isinstance(leaf, Tensor) and leaf.is_cuda}
-    with torch.random.fork_rng(devices=cuda), context():
+    with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(0)
-        return [leaf for leaf in pytree.tree_leaves(gm(**copied)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in pytree.tree_leaves(run(gm, copied)) if isinstance(leaf, Tensor)]
 
 
 def check_equal(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:

@@ -14,6 +14,9 @@ from mpfx.solve.grid import GridConfig
 from mpfx.solve.mask import Sparsity
 
 AUTO = "auto"
+SCORED = ("threshold", "quantile", "budget")
+"""Allocations that go by importance scores."""
+
 AUTO_FRACTIONS = (0.0, 0.25, 0.5)
 """Shares pruned that sparsity `auto` chooses from."""
 
@@ -58,6 +61,11 @@ class CompressionConfig:
             to divide it out again for free, if that lowers the error. null: where nothing is pruned and `guidance` is
             0.
         scope: what is compressed at all.
+        offload: where the model is while it is compressed on an accelerator. always: on the host, its blocks move to
+            the device one at a time, so that a model larger than the device's memory can be compressed; never: on the
+            device; auto: on the device if it takes no more than half of what is free there. Values between blocks wait
+            on the host with `always`, and with auto once half of the device's memory is taken. Where a validation loop
+            runs the model (`guidance`, callbacks in a loop of your own), the loop's Trainer has put it on the device.
         passes: passes of your own, by import path; run after the analysis and before anything is measured.
         strict: refuse whatever would be done otherwise than asked, instead of reporting it.
     """
@@ -81,6 +89,7 @@ class CompressionConfig:
     fold_permutations: bool = True
     fold_scales: bool | None = None
     scope: Scope = field(default_factory=Scope)
+    offload: Literal["auto", "always", "never"] = "auto"
     passes: tuple[Pass, ...] = ()
     strict: bool = False
 
@@ -101,6 +110,8 @@ class CompressionConfig:
         self._check_used()
         if self.order not in ("auto", "activation", "natural"):
             raise ValueError(f"Expected `order` to be auto, activation or natural but got {self.order!r}.")
+        if self.offload not in ("auto", "always", "never"):
+            raise ValueError(f"Expected `offload` to be auto, always or never but got {self.offload!r}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"Expected `damping` to be above 0 and at most 1 but got {self.damping}.")
         for name, share in (("guidance", self.guidance), ("correction", self.correction)):
@@ -202,7 +213,7 @@ class CompressionConfig:
     @property
     def scored(self) -> bool:
         """Whether the allocation needs importance scores."""
-        return self.allocation in ("threshold", "quantile", "budget")
+        return self.allocation in SCORED
 
     @property
     def power(self) -> float:
@@ -218,11 +229,6 @@ class CompressionConfig:
     def measured(self) -> bool:
         """Whether statistics of the dense model are needed before bits are given."""
         return self.scored or self.scaled or self.allocation == "optimal"
-
-    @property
-    def observed(self) -> bool:
-        """Whether the dense model has to run on the calibration data before bits are given."""
-        return self.measured or self.power > 0
 
     @property
     def scaled(self) -> bool:

@@ -1,8 +1,8 @@
 """The frontier of a traced model: what every unit of channels costs at every width, and harms."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,82 +15,98 @@ from mpfx.allocate import (
     fit_signals,
     is_free,
     raw_signals,
+    unit_sums,
     with_curves,
 )
 from mpfx.graph import InputGroup, PermutationFold, traced_module
 from mpfx.nn.layout import SEGMENT
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FOLD, annotations, naming_sites
-from mpfx.solve import factorise
+from mpfx.solve import factorise, quadratic_form
 from mpfx.stats import Moments
 
 logger = logging.getLogger("mpfx.allocate")
 
 
-def stacked_weight(model: nn.Module, group: InputGroup) -> Tensor:
-    """The weights of all sites of a group one below the other, ``(rows, in)`` float32."""
-    return torch.cat([site.weight(model).detach().float() for site in group.sites])
+def stacked_weight(model: nn.Module, group: InputGroup, device: torch.device, step: int = 1) -> Tensor:
+    """The weights of all sites of a group one below the other, every so manieth row, ``(rows, in)`` float32."""
+    parts, first = [], 0
+    for site in group.sites:
+        parts.append(site.weight(model).detach()[-first % step :: step].to(device).float())
+        first += site.out_features
+    return torch.cat(parts)
 
 
-def measured_frontier(
-    gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, moments: Mapping[str, Moments]
-) -> Frontier:
-    """Measure the frontier of some input groups.
+@dataclass(frozen=True)
+class MeasuredGroup:
+    """What allocation `optimal` knows of one input group.
 
-    Args:
-        gm: traced, with folds located.
-        groups: that share one budget.
-        config: widths, grid, sparsity.
-        moments: of the dense model's inputs by name of the group; Hessians guided by the loss, or not.
+    Attributes:
+        frontier: of the group.
+        signals: of its units, ``(units, signals)``.
     """
-    empty = Frontier(config.widths, config.grid, (), config.activation_order)
-    drafts = _drafts(gm, groups, config, lambda group: moments[group.name].hessian.diagonal())
-    measured = (_measured(gm, *pair, config, moments[pair[0].name], empty) for pair in zip(groups, drafts, strict=True))
-    found, features = zip(*measured, strict=True)
-    frontier = replace(empty, groups=found)
+
+    frontier: GroupFrontier
+    signals: Tensor
+
+
+def joined_frontier(measured: Sequence[MeasuredGroup], config: CompressionConfig) -> Frontier:
+    """The frontier of the input groups that share one budget."""
+    groups = tuple(group.frontier for group in measured)
+    frontier = Frontier(config.widths, config.grid, groups, config.activation_order)
     if config.distortion == "measured":
         return frontier
-    fit = fit_signals(frontier, features)
+    fit = fit_signals(frontier, [group.signals for group in measured])
     logger.info("the five signals explain %.1f%% of the logarithm of the distortions", 100 * fit.explained)
     return fit.frontier
 
 
-def _measured(
+def measure_group(
     gm: fx.GraphModule,
     group: InputGroup,
-    draft: GroupFrontier,
+    fold: PermutationFold | None,
     config: CompressionConfig,
     moments: Moments,
-    empty: Frontier,
-) -> tuple[GroupFrontier, Tensor]:
-    """The frontier of one group, and the signals of its units ``(units, signals)``."""
+) -> MeasuredGroup:
+    """Measure the frontier of one input group.
+
+    Args:
+        gm: traced.
+        group: to measure.
+        fold: that was located for it, if any.
+        config: widths, grid, sparsity.
+        moments: of the dense model's input; the Hessian guided by the loss, or not.
+    """
+    empty = Frontier(config.widths, config.grid, (), config.activation_order)
+    draft = _draft(group, fold, config, moments.hessian.diagonal())
     order = draft.order.to(moments.hessian.device)
     moments = moments.reordered(order)
     with naming_sites(group):
         factor = factorise(moments.hessian, config.damping)
     # Summed over tokens, not averaged: so that groups compare that saw different numbers of tokens (experts).
     scale = (2 / moments.tokens) ** 0.5
-    weight = stacked_weight(traced_module(gm), group)[:, order]
+    weight = stacked_weight(traced_module(gm), group, order.device)[:, order]
     if not config.power:  # without the loss, errors of different layers compare only relative to their outputs
-        output = ((weight @ moments.hessian) * weight).sum(dtype=torch.float64) * (moments.tokens / 4)
-        scale *= float(output.clamp(min=1e-30).sqrt())
+        output = quadratic_form(weight, moments.hessian) * (moments.tokens / 4)
+        scale *= max(output, 1e-30) ** 0.5
     signals = raw_signals(weight, moments, factor.inverse_diagonal * scale**2)
-    features = torch.stack([torch.stack([p.mean() for p in s.split(draft.unit)]) for s in signals.values()], 1)
-    return with_curves(draft, empty, config.patterns, (weight, factor.upper.diagonal() * scale)), features
+    features = unit_sums(torch.stack(list(signals.values())), draft.unit).t().cpu() / draft.sizes[:, None]
+    return MeasuredGroup(
+        with_curves(draft, empty, config.patterns, (weight, factor.upper.diagonal() * scale)), features
+    )
 
 
 def unmeasured_frontier(gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig) -> Frontier:
     """The frontier with made-up distortions: sizes, limits and ties can be checked before anything is measured."""
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
-    drafts = _drafts(gm, groups, config, lambda group: torch.zeros(group.sites[0].in_features))
+    folds = located_folds(gm, config)
+    drafts = [_draft(g, folds.get(g.name), config, torch.zeros(g.sites[0].in_features)) for g in groups]
     return replace(empty, groups=tuple(with_curves(draft, empty, config.patterns, None) for draft in drafts))
 
 
-def _drafts(
-    gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, score: Callable[[InputGroup], Tensor]
-) -> Iterator[GroupFrontier]:
-    folds = annotations(gm, FOLD) if config.fold_permutations else {}
-    return (_draft(group, folds.get(group.name), config, score(group)) for group in groups)
+def located_folds(gm: fx.GraphModule, config: CompressionConfig) -> dict[str, PermutationFold]:
+    """The folds that a config makes use of, by name of the input group."""
+    return annotations(gm, FOLD) if config.fold_permutations else {}
 
 
 def _draft(

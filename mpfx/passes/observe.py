@@ -1,17 +1,26 @@
 """Statistics of the inputs of sites, taken while the model runs."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mpfx.graph import InputGroup, expert_modules, inputs_behind, traced_module, watch_experts
-from mpfx.passes.locate import naming_sites
-from mpfx.stats import MomentAccumulator, Moments, pooled, topped_up
+from mpfx.graph import (
+    InputGroup,
+    blocks,
+    expert_modules,
+    inputs_behind,
+    last_readers,
+    traced_module,
+    watch_experts,
+)
+from mpfx.passes.locate import located, naming_sites
+from mpfx.passes.running import Runner
+from mpfx.stats import MomentAccumulator, Moments, Sensitivity, pooled, topped_up
 
 Accumulators = dict[str, MomentAccumulator]
 
@@ -69,9 +78,74 @@ class Reading:
         return None
 
 
+_SHARE_OF_MEAN = 0.01
+"""An expert that the loss hardly saw counts at least so much of what its stack's experts count on average."""
+
+_HERE = Runner()
+
+_TINY = 1e-30
+"""Stands for a gradient of zero: such tokens count as tokens, only padding does not."""
+
+
+@dataclass(frozen=True)
+class Sensed:
+    """How the loss feels the outputs of a model's sites.
+
+    Attributes:
+        sensitivities: by name of the input group, of linear layers.
+        gradients: squared norm of the gradient of every expert's weight, by path of the site.
+    """
+
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
+    gradients: Mapping[str, float] = field(default_factory=dict)
+
+    def weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
+        """Weights of the tokens that groups read in one batch, relative to their mean."""
+        known = {g.name: self.sensitivities[g.name] for g in groups if g.name in self.sensitivities}
+        return {name: [call.clamp(min=_TINY) for call in found.weights(batch, 1.0)] for name, found in known.items()}
+
+    def applied(
+        self, found: Iterable[tuple[InputGroup, Moments]], tokens: Mapping[str, int]
+    ) -> Iterator[tuple[InputGroup, Moments]]:
+        """Bring Hessians of weighted tokens, one block's, to the unit of the loss.
+
+        Experts in one parameter, whose outputs nobody hands over, are judged by the gradient of their weights:
+        ``|dL/dW_e|^2`` over the squares of what expert e read estimates the squared gradient at its outputs.
+
+        Args:
+            found: the moments of the groups.
+            tokens: that groups saw themselves, by name; none for experts that take the statistics of all.
+        """
+        experts: list[tuple[InputGroup, Moments]] = []
+        for group, moments in found:
+            if group.sites[0].stack is not None:
+                experts.append((group, moments))
+            else:
+                moments.hessian.mul_(self.sensitivities[group.name].mean)
+                yield group, moments
+        means: dict[Any, list[float]] = defaultdict(list)
+        for group, moments in experts:
+            means[group.sites[0].stack].append(self._mean(group, moments))
+        for group, moments in experts:
+            others = means[group.sites[0].stack]
+            count = group.sites[0].stack.experts  # type: ignore[union-attr]
+            mean = max(self._mean(group, moments), _SHARE_OF_MEAN * sum(others) / count)
+            if not tokens.get(group.name):  # it takes the statistics of all experts, but not their weight
+                mean /= count
+            yield group, replace(moments, hessian=moments.hessian * mean)  # several may share one
+
+    def _mean(self, group: InputGroup, moments: Moments) -> float:
+        """Of the squared gradient at the outputs of an expert."""
+        squares = float(moments.mean_square.double().sum()) * moments.tokens
+        return self.gradients.get(group.sites[0].path, 0.0) / max(squares * group.sites[0].out_features, 1e-300)
+
+
 @contextmanager
 def observed(
-    gm: fx.GraphModule, groups: Sequence[InputGroup], reading: Callable[[], Reading] = Reading
+    gm: fx.GraphModule,
+    groups: Sequence[InputGroup],
+    reading: Callable[[], Reading] = Reading,
+    weigh: "Weigh | None" = None,
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
@@ -80,9 +154,10 @@ def observed(
         groups: to observe, each at its first site; experts with the tokens that are routed to them.
         reading: called for every input; returns what belongs to the current batch. Padding of inputs of another
             number of tokens (one expert's share) counts in full.
+        weigh: :func:`token_weights` of these groups and others, where it is at hand.
     """
     moments: Accumulators = {}
-    weigh = token_weights(gm, groups)
+    weigh = token_weights(gm, groups) if weigh is None else weigh
 
     def add(name: str, x: Tensor) -> None:
         now = reading()
@@ -98,9 +173,10 @@ def observed(
         yield moments
 
 
-def token_weights(
-    gm: fx.GraphModule, groups: Sequence[InputGroup]
-) -> Callable[[str, Tensor, Masks, Tensor | None], Tensor | None]:
+Weigh = Callable[[str, Tensor, Masks, Tensor | None], Tensor | None]
+
+
+def token_weights(gm: fx.GraphModule, groups: Sequence[InputGroup]) -> Weigh:
     """Return what makes the weights of the tokens of an input, out of the padding masks and weights of its own."""
     behind = inputs_behind(gm)
     mask_of = {group.name: _mask_name(behind[group.sites[0].path]) for group in groups}
@@ -164,6 +240,54 @@ def _sink(path: str, wanted: set[str], add: Callable[[str, Tensor], None]) -> Ca
             add(name, x)
 
     return sink
+
+
+def dense_moments(
+    gm: fx.GraphModule,
+    batches: Sequence[Mapping[str, Any]],
+    runner: Runner = _HERE,
+    sensed: Sensed | None = None,
+) -> Iterator[tuple[str, Moments]]:
+    """Observe what every located input group reads in the model as it is, block after block.
+
+    Memory is taken by the values between two blocks and by the statistics of one block; those who iterate have to be
+    done with a block's statistics before they ask for the next.
+
+    Args:
+        gm: traced and analysed.
+        batches: inputs of the traced call, one dict a batch.
+        runner: how blocks run.
+        sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
+            x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
+
+    Yields:
+        Name and statistics of the groups that were called, while their block lies on the device.
+    """
+    groups, parts = groups_of_blocks(gm), blocks(gm)
+    parts = parts[: max(index for index, found in enumerate(groups) if found) + 1]
+    readers, masks = last_readers(parts), [padding_masks(batch) for batch in batches]
+    streams, reading = [runner.kept(runner.fetched(batch)) for batch in batches], [Reading()]
+    weigh = token_weights(gm, located(gm))
+    with runner.placed(parts) as placed:
+        for block in placed:
+            here = groups[block.index]
+            with observed(gm, here, lambda: reading[0], weigh) as seen:
+                for index, values in enumerate(streams):
+                    weights = {} if sensed is None else sensed.weights(here, index)
+                    reading[0] = Reading(masks[index], weights)
+                    streams[index] = runner.kept(runner.run(block, values, readers))
+            tokens = {name: accumulator.tokens for name, accumulator in seen.items()}
+            found = ((group, moments) for group, moments, _ in finalised(seen, here) if moments is not None)
+            yield from ((g.name, m) for g, m in (found if sensed is None else sensed.applied(found, tokens)))
+
+
+def groups_of_blocks(gm: fx.GraphModule) -> list[list[InputGroup]]:
+    """The located input groups of every block, in graph order."""
+    block_of = {path: block.index for block in blocks(gm) for path in block.sites}
+    found: list[list[InputGroup]] = [[] for _ in blocks(gm)]
+    for group in located(gm):
+        found[block_of[group.sites[0].path]].append(group)
+    return found
 
 
 def finalised(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph import ExpertStack, PermutationFold, linear_weight, row_order, sites, traced_module
-from mpfx.nn import MixedPrecisionLinear, PackedExperts, PackedStack, join_input_groups, reordered_rows
+from mpfx.nn import MixedPrecisionLinear, PackedExperts, PackedStack, PackedWeight, join_input_groups, reordered_rows
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.locate import annotate, annotations, located
 from mpfx.passes.solve import SOLVED, SolvedGroup
@@ -49,9 +49,14 @@ class FoldPermutations(Pass):
 
     An input's new channel order is the order of rows in the sites that make it: up and gate for down, v for o inside
     the heads. What is left to gather at run time is what comes out of norms.
+
+    Args:
+        device: where rows are reordered; None: where they are.
     """
 
     preserves_function = True
+
+    device: torch.device | None = None
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Packed modules are installed."""
@@ -68,8 +73,9 @@ class FoldPermutations(Pass):
         dropped = {path for group in folded.values() for path in group.weights}
         modules = {}
         for path in dict.fromkeys([*rows, *dropped]):
-            modules[path] = _reordered(model.get_submodule(path), rows.get(path), path in dropped)
-        after = {n: _with_rows(g, rows, drop=n in folded) for n, g in groups.items()}
+            modules[path] = _reordered(model.get_submodule(path), rows.get(path), path in dropped, self.device)
+        packed = {path: m.packed for path, m in modules.items() if isinstance(m, MixedPrecisionLinear)}
+        after = {n: _with_weights(g, packed, drop=n in folded) for n, g in groups.items()}
         annotate(gm, SOLVED, [(group.sites[0], group.name, after[group.name]) for group in located(gm)])
         return PassResult(gm, modified=True, undo=installed(model, modules))
 
@@ -154,13 +160,15 @@ def _unit_order(fold: PermutationFold, channels: Tensor) -> Tensor:
     return order
 
 
-def _reordered(module: nn.Module, rows: Tensor | None, drop: bool) -> nn.Module:
+def _reordered(module: nn.Module, rows: Tensor | None, drop: bool, device: torch.device | None) -> nn.Module:
     """A copy of a linear layer with its rows in another order, and without permutation if that is dropped."""
     bias = getattr(module, "bias", None)
     if rows is not None and bias is not None:
         bias = nn.Parameter(bias.detach()[rows.to(bias.device)], requires_grad=bias.requires_grad)
     if isinstance(module, MixedPrecisionLinear):
-        weight = module.packed if rows is None else reordered_rows(module.packed, rows)
+        weight, home = module.packed, module.packed.codes.device
+        if rows is not None:
+            weight = reordered_rows(weight.to(home if device is None else device), rows).to(home)
         order = None if drop else module.permutation
         packed = MixedPrecisionLinear(weight, permutation=order, bias=bias, dtype=module.weight_dtype)
         return packed.train(module.training)
@@ -173,7 +181,7 @@ def _reordered(module: nn.Module, rows: Tensor | None, drop: bool) -> nn.Module:
     return dense
 
 
-def _with_rows(group: SolvedGroup, rows: Mapping[str, Tensor], drop: bool) -> SolvedGroup:
+def _with_weights(group: SolvedGroup, packed: Mapping[str, PackedWeight], drop: bool) -> SolvedGroup:
     """What is known of a group, after its sites' rows were reordered and its permutation dropped."""
-    weights = {p: w if p not in rows else reordered_rows(w, rows[p]) for p, w in group.weights.items()}
+    weights = {path: packed.get(path, weight) for path, weight in group.weights.items()}
     return replace(group, weights=weights, permutation=None if drop else group.permutation)

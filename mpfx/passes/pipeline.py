@@ -1,22 +1,24 @@
 """From a calibrated graph to a compressed one: the order of the passes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from mpfx.graph import first_samples
 from mpfx.passes.allocate import Allocate
 from mpfx.passes.base import Pass, run_passes
 from mpfx.passes.config import CompressionConfig
+from mpfx.passes.observe import Sensed, dense_moments
 from mpfx.passes.pack import FoldPermutations, Pack
+from mpfx.passes.running import Runner
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solved_groups
-from mpfx.stats import Moments, Sensitivity
+from mpfx.stats import ChannelMoments, Moments, Sensitivity
 
 _STAGES = {
     "FoldScales": "scale",
@@ -35,16 +37,41 @@ class Calibration:
     Attributes:
         graph_module: traced and analysed.
         calls: inputs of every call, one dict a batch, on the host.
-        moments: of the dense model's inputs, by name of the input group.
+        sensed: how the loss feels the sites' outputs.
+        moments: of the dense model's inputs, by name of the input group, on the host: kept where several configs make
+            use of them. Else they are observed when they are asked for, and none is kept.
         guided: the same with Hessians weighted by the sensitivity of the loss.
-        sensitivities: of the loss, likewise.
     """
 
     graph_module: fx.GraphModule
     calls: list[dict[str, Any]]
+    sensed: Sensed = field(default_factory=Sensed)
     moments: dict[str, Moments] = field(default_factory=dict)
     guided: dict[str, Moments] = field(default_factory=dict)
-    sensitivities: dict[str, Sensitivity] = field(default_factory=dict)
+
+    @property
+    def sensitivities(self) -> Mapping[str, Sensitivity]:
+        """Of the loss, by name of the input group."""
+        return self.sensed.sensitivities
+
+    def keep(self, configs: Sequence[CompressionConfig], runner: Runner) -> None:
+        """Observe now, and keep on the host, what several configs need."""
+        measured = [config for config in configs if config.measured]
+        for kept, guided in ((self.moments, False), (self.guided, True)):
+            if any(bool(config.power) == guided for config in measured):
+                for name, moments in self._observed(guided, runner):
+                    kept[name] = moments.to(torch.device("cpu"))
+
+    def statistics(self, config: CompressionConfig, runner: Runner) -> Iterator[tuple[str, Moments]]:
+        """The moments that a config allocates by, one input group after the other."""
+        kept = self.guided if config.power else self.moments
+        if not kept:
+            yield from self._observed(bool(config.power), runner)
+        for name, moments in kept.items():
+            yield name, moments if runner.device is None else moments.to(runner.device)
+
+    def _observed(self, guided: bool, runner: Runner) -> Iterator[tuple[str, Moments]]:
+        return dense_moments(self.graph_module, self.calls, runner, self.sensed if guided else None)
 
 
 @dataclass(frozen=True)
@@ -67,8 +94,7 @@ def compress_calibrated(
     calibration: Calibration,
     config: CompressionConfig,
     *,
-    device: torch.device,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    runner: Runner,
     on_block: Callable[[str, float], None] = lambda name, share: None,
     way_back: ExitStack | None = None,
 ) -> Compressed:
@@ -77,11 +103,9 @@ def compress_calibrated(
     Args:
         calibration: with the statistics that the config asks for.
         config: what to do.
-        device: where blocks run and groups are solved.
-        context: entered around every run of the model (precision plugins).
+        runner: where blocks run and groups are solved, and how.
         on_block: see :class:`PruneAndQuantize`.
-        way_back: if given, closing it later makes the model dense again, and the calibration can be used once more;
-            else statistics are dropped as soon as they are not needed any more.
+        way_back: if given, closing it later makes the model dense again, and the calibration can be used once more.
 
     Raises:
         PassError: naming the pass that failed; the model is dense then.
@@ -91,26 +115,34 @@ def compress_calibrated(
         SolveConfig(damping=config.damping, guidance=config.power, correction=config.corrected, refine=config.refine),
         calibration.sensitivities,
         strict=config.strict,
-        device=device,
-        context=context,
+        runner=runner,
         on_block=on_block,
     )
-    sample = first_samples(calibration.graph_module, calibration.calls[0])
-    sample = pytree.tree_map_only(Tensor, lambda t: t.to(device), sample)
+    sample = runner.fetched(first_samples(calibration.graph_module, calibration.calls[0]))
     seconds: dict[str, float] = {}
-    steps = _steps(calibration, config, solve, keep=way_back is not None)
-    gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, context=context, way_back=way_back)
+    with closing(_steps(calibration, config, solve, runner, seconds)) as steps:  # no hook is left if one fails
+        gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, run=runner.whole, way_back=way_back)
+    seconds["Allocate"] -= seconds.get("observe", 0.0)
     return Compressed(gm, solved_groups(gm), {_STAGES.get(name, name): value for name, value in seconds.items()})
 
 
-def _steps(calibration: Calibration, config: CompressionConfig, solve: Pass, keep: bool) -> Iterator[Pass]:
-    moments = calibration.guided if config.power else calibration.moments
-    yield Allocate(config, moments)
+def _steps(
+    calibration: Calibration, config: CompressionConfig, solve: Pass, runner: Runner, seconds: dict[str, float]
+) -> Generator[Pass]:
+    channels: dict[str, ChannelMoments] = {}
+
+    def noted() -> Generator[tuple[str, Moments]]:
+        started = time.perf_counter()
+        for name, moments in calibration.statistics(config, runner) if config.measured else ():
+            channels[name] = moments.channels
+            seconds["observe"] = seconds.get("observe", 0.0) + time.perf_counter() - started
+            yield name, moments
+            started = time.perf_counter()
+
+    with closing(noted()) as stream:
+        yield Allocate(config, stream)
     if config.scaled:
-        yield FoldScales(moments)
-    if not keep:  # the dense model's Hessians are large, and solving makes its own, block by block
-        calibration.moments.clear()
-        calibration.guided.clear()
+        yield FoldScales(channels)
     yield solve
     yield Pack()
-    yield FoldPermutations()
+    yield FoldPermutations(runner.device)

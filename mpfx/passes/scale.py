@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from mpfx.allocate import ChannelScales, GroupPlan, search_scales
+from mpfx.allocate import SAMPLE, ChannelScales, GroupPlan, search_scales
 from mpfx.graph import InputGroup, ScaleFold, rescale, scale_folds, traced_module
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.frontier import stacked_weight
 from mpfx.passes.locate import annotations, located
-from mpfx.stats import Moments
+from mpfx.stats import ChannelMoments
 
 logger = logging.getLogger("mpfx.scale")
 
@@ -33,7 +33,7 @@ class FoldScales(Pass):
 
     preserves_function = True
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, ChannelMoments]
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are planned and observed."""
@@ -52,8 +52,10 @@ class FoldScales(Pass):
                 half = any(p.dtype.itemsize < 4 for p in _parameters(model, fold))
                 if half and fold.kind == "norm_plus_one":  # even a power of two changes what 1 + w rounds to
                     continue
-                weight = stacked_weight(model, group)
-                found = search(weight, self.moments[group.name], unit, plans[group.name], powers_of_two=half)
+                moments = self.moments[group.name]
+                step = -(-sum(site.out_features for site in group.sites) // SAMPLE)
+                weight = stacked_weight(model, group, moments.power.device, step)
+                found = search(weight, moments, unit, plans[group.name], powers_of_two=half)
                 logger.debug("%s: exponent %g, error x %.3f", group.name, found.exponent, found.gain)
                 if found.exponent > 0:
                     before.add(fold)
@@ -65,10 +67,10 @@ class FoldScales(Pass):
 
 
 def search(
-    weight: Tensor, moments: Moments, unit: Tensor, plan: GroupPlan, *, powers_of_two: bool = False
+    weight: Tensor, moments: ChannelMoments, unit: Tensor, plan: GroupPlan, *, powers_of_two: bool = False
 ) -> ChannelScales:
     """Search the scales of one input group for the widths and the order of its plan."""
-    order = plan.order(moments.hessian.diagonal())
+    order = plan.order(moments.power)
     if order is None:
         order = torch.arange(weight.shape[1], device=weight.device)
     unit, moments = unit.to(order.device)[order], moments.reordered(order)

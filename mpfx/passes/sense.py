@@ -4,45 +4,31 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph import InputGroup, traced_module
-from mpfx.passes.observe import Accumulators, Masks, Reading, argument, finalised, observed, token_weights
-from mpfx.stats import MomentAccumulator, Moments, Sensitivity
-
-_SHARE_OF_MEAN = 0.01
-"""An expert that the loss hardly saw counts at least so much of what its stack's experts count on average."""
-
-_TINY = 1e-30
-"""Stands for a gradient of zero."""
+from mpfx.passes.observe import Sensed, argument
+from mpfx.stats import Sensitivity
 
 
 @dataclass
 class _Call:
     """One reading of a group's input: the squared gradients at the outputs of its sites add up here."""
 
-    x: Tensor
-    version: int
     squares: Tensor
-    heard: bool
-
-    @property
-    def changed(self) -> bool:
-        """Whether the input was written to since it was read."""
-        return self.x._version != self.version
+    heard: bool = False
 
 
 class Sensing:
-    """Gathers sensitivities, and the Hessians that they weigh ("guided" ones), batch by batch.
+    """Gathers sensitivities batch by batch.
 
     Every site's output is made to require a gradient, so nothing else has to: parameters are frozen meanwhile, and
-    the model may be checkpointed. Experts in one parameter, whose outputs nobody hands over, are judged by the
-    gradient of their weights: ``|dL/dW_e|^2`` over the squares of what expert e read estimates the squared gradient at
-    its outputs.
+    the model may be checkpointed. Of experts in one parameter, whose outputs nobody hands over, the gradients of
+    their weights are gathered (see :class:`mpfx.passes.observe.Sensed`).
 
     Args:
         gm: traced module.
@@ -53,17 +39,12 @@ class Sensing:
         self._gm = gm
         self._linear = [group for group in groups if group.sites[0].stack is None]
         self._experts = [group for group in groups if group.sites[0].stack is not None]
-        self._moments: Accumulators = {}
-        self._expert_moments: Accumulators = {}
         self._batches: dict[str, list[list[Tensor]]] = {group.name: [] for group in self._linear}
         self._gradients: dict[str, float] = defaultdict(float)
-        self._overwritten: set[str] | None = None
-        self._weigh = token_weights(gm, groups)
 
     def batch(
         self,
         loss: Callable[[], Tensor],
-        masks: Masks,
         root: nn.Module | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -71,65 +52,38 @@ class Sensing:
 
         Args:
             loss: runs the model and returns a differentiable scalar.
-            masks: padding of the batch.
             root: what the loss runs, if it is more than the traced module: its parameters gather no gradient.
-            around: entered around every run of the loss, so that all runs see the same random numbers.
+            around: entered around the run, so that it sees the same random numbers as another.
 
         Raises:
             ValueError: if the loss cannot be differentiated, or it or its gradient is not finite.
         """
-        with around():
-            calls = self._run(loss, masks, root)
-        if calls is None:  # the first batch told which inputs have to be copied
-            self._expert_moments.clear()
-            with around():
-                calls = self._run(loss, masks, root)
-        assert calls is not None
-        for name, found in calls.items():
-            if any(call.changed for call in found):
-                raise ValueError(
-                    f"the input of group {name} is written to in place after it was read, in some batches only: write "
-                    "`h = h + y` instead of `h += y` there, or set `guidance: 0`."
-                )
-            for call in found:
-                self._add(name, call, masks)
-            self._batches[name].append([call.squares.cpu() for call in found])
-            found.clear()  # a step that keeps its loss keeps the hooks too: not the inputs
-
-    def _run(self, loss: Callable[[], Tensor], masks: Masks, root: nn.Module | None) -> dict[str, list[_Call]] | None:
-        """One run forward and backward.
-
-        Returns:
-            What every group read, with the squared gradients; None if the first run found inputs that the model writes
-            to after they were read.
-        """
         calls: dict[str, list[_Call]] = {group.name: [] for group in self._linear}
-        with torch.inference_mode(False), torch.enable_grad(), _deterministic(), self._hooked(calls, masks, root):
+        model = traced_module(self._gm) if root is None else root
+        with around(), differentiating(model), self.listening(calls):
             value = loss()
-            _check_loss(value)
-            if self._overwritten is None:
-                self._overwritten = {name for name, found in calls.items() if any(call.changed for call in found)}
-                if self._overwritten:
-                    return None
+            check_loss(value)
             before = {name: len(found) for name, found in calls.items()}
             value.backward()
         # Checkpoints run parts again during the backward pass, some of them beside the graph.
-        real = {n: [c for i, c in enumerate(found) if i < before[n] or c.heard] for n, found in calls.items()}
-        for name, found in real.items():
+        self.take({n: [c for i, c in enumerate(found) if i < before[n] or c.heard] for n, found in calls.items()})
+
+    def take(self, calls: Mapping[str, Sequence[_Call]]) -> None:
+        """Take in what was heard of one batch."""
+        for name, found in calls.items():
             if not all(bool(torch.isfinite(call.squares).all()) for call in found):
                 raise ValueError(
                     f"the gradient of the loss at the outputs of group {name} is not finite: look at the data of this "
                     "batch, and at the compute precision (float16 overflows where bfloat16 and float32 do not)."
                 )
-        return real
+            self._batches[name].append([call.squares.cpu() for call in found])
 
-    def finalise(self) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
-        """Hand over the guided moments and the sensitivities by name of the group; keeps none, as they are large.
+    def finalise(self) -> Sensed:
+        """Hand over what was gathered; keeps none.
 
-        The moments' Hessians are ``2/n sum_t c_t x_t x_t^T`` with c the mean squared gradient of the loss as given.
+        Raises:
+            ValueError: if the loss does not depend on what some sites put out.
         """
-        moments = {g.name: m for g, m, _ in finalised(self._moments, self._linear) if m is not None}
-        moments.update(self._finalised_experts())
         found = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
         if idle := [name for name, sensitivity in found.items() if not sensitivity.mean > 0]:
@@ -138,63 +92,25 @@ class Sensing:
                 "do with: leave them dense (`scope.exclude`), hand over a loss that depends on them, or set "
                 "`guidance: 0`."
             )
-        return moments, found
-
-    def _add(self, name: str, call: _Call, masks: Masks) -> None:
-        if name not in self._moments:
-            self._moments[name] = MomentAccumulator(call.x.shape[-1], call.x.device)
-        with torch.autocast(call.x.device.type, enabled=False):
-            # Tokens without a gradient count as tokens, only padding does not.
-            self._moments[name].update(call.x, self._weigh(name, call.x, masks, call.squares.clamp(min=_TINY)))
-
-    def _finalised_experts(self) -> dict[str, Moments]:
-        seen = {name: accumulator.tokens for name, accumulator in self._expert_moments.items()}
-        moments = {g.name: m for g, m, _ in finalised(self._expert_moments, self._experts) if m is not None}
-        means: dict[str, float] = {}
-        for group in self._experts:
-            if group.name in moments:
-                site, read = group.sites[0], moments[group.name]
-                squares = float(read.mean_square.double().sum()) * read.tokens
-                means[group.name] = self._gradients[site.path] / max(squares * site.out_features, 1e-300)
-        stacks: dict[Any, list[float]] = defaultdict(list)
-        for group in self._experts:
-            stacks[group.sites[0].stack].append(means.get(group.name, 0.0))
-        for group in self._experts:
-            if group.name in moments:
-                others = stacks[group.sites[0].stack]
-                mean = max(means[group.name], _SHARE_OF_MEAN * sum(others) / len(others))
-                if group.name not in seen:  # it takes the statistics of all experts, but not their weight
-                    mean /= len(others)
-                moments[group.name] = replace(moments[group.name], hessian=moments[group.name].hessian * mean)
-        return moments
+        return Sensed(found, dict(self._gradients))
 
     @contextmanager
-    def _hooked(self, calls: dict[str, list[_Call]], masks: Masks, root: nn.Module | None) -> Iterator[None]:
+    def listening(self, calls: dict[str, list[_Call]]) -> Iterator[None]:
+        """Inside, runs of the model forward and backward add to the calls, by name of the group."""
         model = traced_module(self._gm)
         with ExitStack() as stack:
-            stack.enter_context(_frozen(model if root is None else root))
             for module in model.modules():
                 if isinstance(module, nn.Embedding):  # what reentrant checkpoints ask for
                     stack.callback(module.register_forward_hook(_requiring_gradient).remove)
             for group in self._linear:
-                rows = sum(site.out_features for site in group.sites)
-                for site in group.sites:
-                    copied = self._overwritten is not None and group.name in self._overwritten
-                    hook = _site_hook(calls[group.name], rows, copied)
-                    module = model.get_submodule(site.path)
-                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            if self._experts:
-                seen = stack.enter_context(observed(self._gm, self._experts, lambda: Reading(masks)))
-                stack.callback(self._merge_experts, seen)
-                self._listen_to_experts(model, stack)
+                if group.name in calls:
+                    rows = sum(site.out_features for site in group.sites)
+                    for site in group.sites:
+                        hook = _site_hook(calls[group.name], rows)
+                        module = model.get_submodule(site.path)
+                        stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            self._listen_to_experts(model, stack)
             yield
-
-    def _merge_experts(self, seen: Accumulators) -> None:
-        for name, accumulator in seen.items():
-            if name in self._expert_moments:
-                self._expert_moments[name].merge(accumulator)
-            else:
-                self._expert_moments[name] = accumulator
 
     def _listen_to_experts(self, model: nn.Module, stack: ExitStack) -> None:
         parameters = {id(s.parameter(model)): s.parameter(model) for g in self._experts for s in g.sites}
@@ -213,7 +129,7 @@ class Sensing:
             stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
 
 
-def _site_hook(calls: list[_Call], rows: int, copied: bool) -> Callable[..., Tensor | None]:
+def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
     """A forward hook of one site: its k-th call takes part in the k-th reading of its group."""
     count = 0
 
@@ -224,10 +140,8 @@ def _site_hook(calls: list[_Call], rows: int, copied: bool) -> Callable[..., Ten
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written to in place
         if count == len(calls):
-            x = argument(args, kwargs).detach()
-            x = x.clone() if copied else x
-            squares = x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32)
-            calls.append(_Call(x, x._version, squares, False))
+            x = argument(args, kwargs)
+            calls.append(_Call(x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32)))
         call = calls[count]
         count += 1
 
@@ -245,7 +159,8 @@ def _requiring_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor
     return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_().clone()
 
 
-def _check_loss(value: Any) -> None:
+def check_loss(value: Any) -> None:
+    """Refuse what is no finite, differentiable scalar."""
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
         if not bool(torch.isfinite(value)):
             raise ValueError(
@@ -262,6 +177,13 @@ def _check_loss(value: Any) -> None:
         f"{found}: return the loss from `validation_step`, hand a function over as `ModelCompression(..., loss=...)`, "
         "or set `guidance: 0` to compress without it."
     )
+
+
+@contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """Inside, outputs that require a gradient can be traced back through a model, whose parameters gather none."""
+    with torch.inference_mode(False), torch.enable_grad(), _deterministic(), _frozen(model):
+        yield
 
 
 @contextmanager

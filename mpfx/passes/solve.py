@@ -2,21 +2,32 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from mpfx.allocate import GroupPlan
-from mpfx.graph import Block, InputGroup, blocks, run_block, sites, traced_module
+from mpfx.graph import Block, InputGroup, Site, blocks, last_readers, sites, traced_module
 from mpfx.nn import PackedWeight, own_order, pack, pack_permutation, unpack
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.locate import annotate, annotations, located, naming_sites
-from mpfx.passes.observe import Accumulators, Masks, Reading, finalised, inputs_read, observed, padding_masks
+from mpfx.passes.observe import (
+    Accumulators,
+    Masks,
+    Reading,
+    Weigh,
+    finalised,
+    groups_of_blocks,
+    inputs_read,
+    observed,
+    padding_masks,
+    token_weights,
+)
+from mpfx.passes.running import Runner
 from mpfx.report import SiteReport
 from mpfx.solve import factorise, layer_error, refine, sweep
 from mpfx.stats import Moments, Sensitivity
@@ -74,6 +85,12 @@ class SolvedGroup:
             )
             for path, weight in self.weights.items()
         ]
+
+    def to(self, device: torch.device) -> "SolvedGroup":
+        """The same group on another device."""
+        weights = {path: weight.to(device) for path, weight in self.weights.items()}
+        order = None if self.permutation is None else self.permutation.to(device)
+        return replace(self, weights=weights, permutation=order)
 
     def dense(self, path: str) -> Tensor:
         """The solved weight ``(out, in)`` in the input's own channel order, float32."""
@@ -166,8 +183,7 @@ class PruneAndQuantize(Pass):
         config: how groups are solved.
         sensitivities: of the loss by name of the group, for the same batches; needed with `guidance`.
         strict: refuse fallbacks, such as more damping than asked for, instead of reporting them.
-        device: where blocks run and groups are solved; None: where the batches are.
-        context: entered around every run of a block (precision plugins).
+        runner: how blocks run; groups are solved where they do.
         on_block: called with the name of a block and the share of the work that is done, for progress.
     """
 
@@ -175,8 +191,7 @@ class PruneAndQuantize(Pass):
     config: SolveConfig = field(default_factory=SolveConfig)
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     strict: bool = False
-    device: torch.device | None = None
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    runner: Runner = field(default_factory=Runner)
     on_block: Callable[[str, float], None] = lambda name, share: None
 
     def requires(self, gm: fx.GraphModule) -> None:
@@ -201,14 +216,20 @@ class PruneAndQuantize(Pass):
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Solve and annotate."""
-        parts, solved = blocks(gm), dict[str, SolvedGroup]()
-        steps = [list(self._steps(gm, block)) for block in parts]
-        last = max(block.index for block in parts if steps[block.index])
-        streams = [_Stream(self._to_device(batch), padding_masks(batch)) for batch in self.batches]
-        for block in parts[: last + 1]:
-            self.on_block(block.name, block.index / (last + 1))
-            solved.update(self._solve_block(gm, block, steps[block.index], streams, parts[block.index + 1 : last + 1]))
-        self.on_block(parts[last].name, 1.0)
+        groups = groups_of_blocks(gm)
+        parts = blocks(gm)[: max(index for index, found in enumerate(groups) if found) + 1]
+        by_path = {site.path: site for site in sites(gm)}
+        weigh = token_weights(gm, located(gm))
+        work = _Work(gm, parts[-1].index, last_readers(parts), annotations(gm, PLAN), by_path, weigh)
+        kept = (self.runner.kept(self.runner.fetched(batch)) for batch in self.batches)
+        streams = [_Stream(values, padding_masks(batch)) for values, batch in zip(kept, self.batches, strict=True)]
+        solved: dict[str, SolvedGroup] = {}
+        with self.runner.placed(parts) as placed:
+            for block in placed:
+                self.on_block(block.name, block.index / len(parts))
+                here = self._solve_block(work, block, _steps(block, groups[block.index]), streams)
+                solved.update({n: g.to(torch.device("cpu")) for n, g in here.items()} if self.runner.crowded else here)
+        self.on_block(parts[-1].name, 1.0)
         annotate(gm, SOLVED, [(group.sites[0], group.name, solved[group.name]) for group in located(gm)])
         return PassResult(gm, modified=False)
 
@@ -220,45 +241,32 @@ class PruneAndQuantize(Pass):
         if self.strict and odd:
             raise ValueError(f"`strict` allows no fallback, but for {len(odd)} input groups one was needed: {odd[:3]}.")
 
-    def _steps(self, gm: fx.GraphModule, block: Block) -> Iterator[list[InputGroup]]:
-        """The groups of a block, those together that are solved on one run of it."""
-        first = {group.sites[0].path: group for group in located(gm)}
-        for paths in block.units:
-            if groups := [first[path] for path in paths if path in first]:
-                yield groups
-
     def _solve_block(
         self,
-        gm: fx.GraphModule,
+        work: "_Work",
         block: Block,
         steps: Sequence[Sequence[InputGroup]],
         streams: Sequence["_Stream"],
-        later: Sequence[Block],
     ) -> dict[str, SolvedGroup]:
         here: dict[str, SolvedGroup] = {}
         alike = [stream.dense is None for stream in streams]
         for groups in steps:
-            with solved_weights(gm, here.values()):
-                moments, amiss = self._observe(gm, block, groups, streams, None if here else later)
-            here.update(self._solve(gm, block, groups, moments, amiss))
-        if not later:
+            with solved_weights(work.gm, here.values(), work.sites):
+                moments, amiss = self._observe(work, block, groups, streams, first=not here)
+            here.update(self._solve(work, block, groups, moments, amiss))
+        if block.index == work.last:  # nothing that is solved comes after it
             return here
         for stream, same in zip(streams, alike, strict=True):
             if (same and steps and self.config.correction) or (not same and not steps):
                 # From the first solved block on the dense model's values are others than the compressed one's.
-                stream.dense = self._after(block, stream.values if stream.dense is None else stream.dense, later)
-        with solved_weights(gm, here.values()):
+                stream.dense = self._after(work, block, stream.values if stream.dense is None else stream.dense)
+        with solved_weights(work.gm, here.values(), work.sites):
             for stream in streams:
-                stream.values = self._after(block, stream.values, later)
+                stream.values = self._after(work, block, stream.values)
         return here
 
     def _observe(
-        self,
-        gm: fx.GraphModule,
-        block: Block,
-        groups: Sequence[InputGroup],
-        streams: Sequence["_Stream"],
-        later: Sequence[Block] | None,
+        self, work: "_Work", block: Block, groups: Sequence[InputGroup], streams: Sequence["_Stream"], first: bool
     ) -> tuple[Accumulators, set[str]]:
         """Gather the moments of what groups read, next to the dense model's, which goes on to the next block.
 
@@ -266,15 +274,14 @@ class PruneAndQuantize(Pass):
             The moments, and the groups that read other tokens than weights or the dense model's values were known for.
         """
         reading, amiss = [Reading()], set[str]()
-        with observed(gm, groups, lambda: reading[0]) as moments:
+        with observed(work.gm, groups, lambda: reading[0], work.weigh) as moments:
             for index, stream in enumerate(streams):
                 references = {}
-                if stream.dense is not None and later is not None:
+                if stream.dense is not None and first:
                     reading[0] = Reading(paused=True)
-                    references = self._dense_step(gm, block, groups, stream, later)
+                    references = self._dense_step(work, block, groups, stream)
                 reading[0] = Reading(stream.masks, self._weights(groups, index), references, amiss=amiss)
-                with self.context():
-                    block.module(**{name: stream.values[name] for name in block.needs})
+                self.runner.run(block, stream.values, {})
         return moments, amiss
 
     def _weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
@@ -284,30 +291,25 @@ class PruneAndQuantize(Pass):
         return {name: found.weights(batch, self.config.guidance) for name, found in seen.items() if found is not None}
 
     def _dense_step(
-        self,
-        gm: fx.GraphModule,
-        block: Block,
-        groups: Sequence[InputGroup],
-        stream: "_Stream",
-        later: Sequence[Block],
+        self, work: "_Work", block: Block, groups: Sequence[InputGroup], stream: "_Stream"
     ) -> dict[str, list[Tensor]]:
         """Run the dense model's block; returns what groups read there whose inputs carry earlier blocks' errors."""
         direct = [g for g in groups if g.sites[0].stack is None and all(s.path in block.direct for s in g.sites)]
         found: dict[str, list[Tensor]] = {group.name: [] for group in direct}
-        with inputs_read(gm, direct, lambda name, x: found[name].append(x.detach())):
+        with inputs_read(work.gm, direct, lambda name, x: found[name].append(x.detach())):
             assert stream.dense is not None
-            stream.dense = self._after(block, stream.dense, later)
+            stream.dense = self._after(work, block, stream.dense)
         return found
 
     def _solve(
         self,
-        gm: fx.GraphModule,
+        work: "_Work",
         block: Block,
         groups: Sequence[InputGroup],
         moments: Accumulators,
         amiss: set[str],
     ) -> Iterator[tuple[str, SolvedGroup]]:
-        model, plans = traced_module(gm), annotations(gm, PLAN)
+        model = traced_module(work.gm)
         try:
             for group, seen, note in finalised(moments, groups):
                 with naming_sites(group):
@@ -316,7 +318,7 @@ class PruneAndQuantize(Pass):
                     weights = {site.path: site.weight(model) for site in group.sites}
                     notes = [note, self._unguided(group), _AMISS if group.name in amiss else None]
                     told = "; ".join(filter(None, notes)) or None
-                    solved = solve_group(plans[group.name], weights, seen, self.config, told)
+                    solved = solve_group(work.plans[group.name], weights, seen, self.config, told)
                 yield group.name, solved
         except ValueError as error:
             raise ValueError(f"block {block.name}, {error}") from error
@@ -327,14 +329,36 @@ class PruneAndQuantize(Pass):
             return None
         return "its tokens count all alike: nobody sees the outputs of experts in one parameter"
 
-    def _after(self, block: Block, values: Mapping[str, Any], later: Sequence[Block]) -> dict[str, Any]:
-        with self.context():
-            return run_block(block, values, later)
+    def _after(self, work: "_Work", block: Block, values: Mapping[str, Any]) -> dict[str, Any]:
+        return self.runner.kept(self.runner.run(block, values, work.readers))
 
-    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        move = (lambda t: t) if self.device is None else (lambda t: t.to(self.device))
-        moved: dict[str, Any] = pytree.tree_map_only(Tensor, move, dict(batch))
-        return moved
+
+def _steps(block: Block, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
+    """The groups of a block, those together that are solved on one run of it."""
+    first = {group.sites[0].path: group for group in groups}
+    found = [[first[path] for path in paths if path in first] for paths in block.units]
+    return [step for step in found if step]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all blocks need.
+
+    Attributes:
+        gm: traced.
+        last: index of the last block to solve.
+        readers: of the values between blocks.
+        plans: by name of the input group.
+        sites: by path.
+        weigh: makes weights of tokens.
+    """
+
+    gm: fx.GraphModule
+    last: int
+    readers: Mapping[str, int]
+    plans: Mapping[str, GroupPlan]
+    sites: Mapping[str, Site]
+    weigh: Weigh
 
 
 @dataclass
@@ -353,10 +377,18 @@ class _Stream:
 
 
 @contextmanager
-def solved_weights(gm: fx.GraphModule, solved: Iterable[SolvedGroup]) -> Iterator[None]:
-    """Let solved weights stand in for the dense ones; the dense ones are back when the context closes."""
-    model, by_path = traced_module(gm), {site.path: site for site in sites(gm)}
-    originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
+def solved_weights(
+    gm: fx.GraphModule, solved: Iterable[SolvedGroup], by_path: Mapping[str, Site] | None = None
+) -> Iterator[None]:
+    """Let solved weights stand in for the dense ones; the dense ones are back when the context closes.
+
+    Args:
+        gm: traced.
+        solved: weights to use.
+        by_path: the graph's sites, where they are at hand.
+    """
+    by_path = {site.path: site for site in sites(gm)} if by_path is None else by_path
+    model, originals = traced_module(gm), dict[int, tuple[nn.Parameter, Tensor]]()
     try:
         for group in solved:
             for path in group.weights:

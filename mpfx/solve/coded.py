@@ -1,6 +1,7 @@
 """Grids whose scales are coded: the bases before the sweep, then four bits a row and group as the sweep gets there."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,10 @@ class ScaleBases:
     def product(self, grid: int) -> Tensor:
         """The largest range that a code of this grid can stand for, ``(rows,)``."""
         return self.row * self.group[grid]
+
+    def products(self, grids: Sequence[int]) -> Tensor:
+        """The same of several grids, one after the other, ``(grids x rows,)``."""
+        return (self.group[torch.tensor(grids, device=self.group.device)][:, None] * self.row).flatten()
 
 
 def fit_bases(weight: Tensor, layout: Layout, config: GridConfig) -> ScaleBases:

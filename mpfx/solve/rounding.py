@@ -30,12 +30,13 @@ def round_nearest(weight: Tensor, layout: Layout, config: GridConfig, pruned: Te
         alike[group.bits, group.channels].append((index, group.start))
     for (bits, channels), members in alike.items():
         # All groups of one width in one go, as more rows of one group.
-        columns = torch.cat([torch.arange(start, start + channels, device=weight.device) for _, start in members])
+        starts = torch.tensor([start for _, start in members], device=weight.device)
+        columns = (starts[:, None] + torch.arange(channels, device=weight.device)).flatten()
         parts = kept[:, columns].unflatten(1, (-1, channels)).permute(2, 1, 0).flatten(1)  # (channels, groups x rows)
         if bases is None:
             grid = fit_grid(parts, bits, config)
         else:
-            grid, _ = fit_coded_grid(parts, bits, config, torch.cat([bases.product(index) for index, _ in members]))
+            grid, _ = fit_coded_grid(parts, bits, config, bases.products([index for index, _ in members]))
         values = nearest(parts, grid)[1].unflatten(1, (len(members), -1))  # (channels, groups, rows)
         rounded[:, columns] = values.permute(2, 1, 0).flatten(1)
     for run in layout.runs:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mpfx.solve")
 
+_TILE = 1024  # channels of a symmetric product that are computed at a time
+
 
 def sweep(
     weight: Tensor, upper: Tensor, layout: Layout, grid: GridConfig, sparsity: Sparsity | None = None
@@ -158,6 +160,23 @@ def layer_error(weight: Tensor, solved: Tensor, hessian: Tensor) -> float:
     Returns:
         The ratio; 0 where the weight's own output is zero.
     """
-    off = weight - solved
-    size = float((weight @ hessian).mul_(weight).sum())
-    return float((off @ hessian).mul_(off).sum()) / size if size > 0 else 0.0
+    size = quadratic_form(weight, hessian)
+    return quadratic_form(weight - solved, hessian) / size if size > 0 else 0.0
+
+
+def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
+    """``tr(X H X^T)`` of a symmetric H: what is left of its diagonal is not multiplied.
+
+    Args:
+        rows: ``(rows, in)``.
+        hessian: ``(in, in)``.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for start in range(0, len(hessian), _TILE):
+        inside, later = slice(start, start + _TILE), slice(start + _TILE, None)
+        here = rows[:, inside]
+        product = here @ hessian[inside, inside]
+        if start + _TILE < len(hessian):
+            product.addmm_(rows[:, later], hessian[later, inside], alpha=2)
+        total += product.mul_(here).sum(dtype=torch.float64)
+    return float(total)

@@ -1,6 +1,6 @@
 """Statistics of what a layer reads, accumulated batch by batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -11,6 +11,23 @@ _CHUNK, _CHUNK_CUDA = 2048, 8192
 
 _BLOCK, _BLOCK_CUDA = 192, 2048
 """Channels of a product that are computed at a time: of a symmetric one, without what is left of them."""
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """What remains of :class:`Moments` where no two channels are looked at together.
+
+    Attributes:
+        power: diagonal of the Hessian, ``(in,)`` float32.
+        mean_abs: mean of abs(x), ``(in,)`` float32.
+    """
+
+    power: Tensor
+    mean_abs: Tensor
+
+    def reordered(self, order: Tensor) -> "ChannelMoments":
+        """The statistics of ``x[order]``, ``(in,)``."""
+        return ChannelMoments(self.power[order], self.mean_abs[order])
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,17 @@ class Moments:
     def mean_square(self) -> Tensor:
         """Mean of x^2, ``(in,)``."""
         return self.variance + self.mean.square()
+
+    @property
+    def channels(self) -> ChannelMoments:
+        """What there is to know of every channel alone; small."""
+        return ChannelMoments(self.hessian.diagonal().clone(), self.mean_abs)
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same statistics on another device."""
+        names = ("hessian", "mean_abs", "mean", "variance")
+        drift = None if self.drift is None else self.drift.to(device)
+        return replace(self, **{name: getattr(self, name).to(device) for name in names}, drift=drift)
 
     def reordered(self, order: Tensor) -> "Moments":
         """The statistics of ``x[order]``, ``(in,)``."""

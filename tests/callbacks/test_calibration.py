@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.callbacks import CallRecorder
-from mpfx.graph import InputGroup, trace
-from mpfx.passes import Scope, analysis, located, run_passes
+from mpfx.graph import trace
+from mpfx.passes import Scope, analysis, dense_moments, run_passes
 
 
 def prepare(module: nn.Module) -> Any:
-    def at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[InputGroup]]:
-        gm = run_passes(trace(module, args, kwargs), analysis(Scope()))
-        return gm, located(gm)
+    def at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+        return run_passes(trace(module, args, kwargs), analysis(Scope()))
 
     return at_first_call
 
@@ -27,7 +26,7 @@ class Net(nn.Module):
         return torch.cat([self.one(x), self.two(x)], -1) * scale
 
 
-def test_records_calls_and_statistics_from_the_first_call_on() -> None:
+def test_what_recorded_calls_read_is_observed_later() -> None:
     module, inputs = Net(), [torch.randn(n, 8) for n in (4, 7, 3)]
     recorder = CallRecorder(module, prepare(module))
     recorder.open()
@@ -37,7 +36,9 @@ def test_records_calls_and_statistics_from_the_first_call_on() -> None:
     recorder.close()
     module(torch.randn(2, 8))  # not recorded any more
     x = torch.cat(inputs)
-    (moments,) = recorder.take_moments().values()
+    assert recorder.graph_module is not None
+    with torch.no_grad():
+        (moments,) = dict(dense_moments(recorder.graph_module, recorder.calls)).values()
     assert moments.tokens == 14
     torch.testing.assert_close(moments.hessian, 2 / 14 * x.t() @ x)
     assert [call["x"].shape[0] for call in recorder.calls] == [4, 7, 3]
@@ -77,16 +78,13 @@ def test_calls_are_recorded_without_being_made() -> None:
     module(inputs[2])
     recorder.close()
     assert [len(call["x"]) for call in recorder.calls] == [4, 7, 3]
-    (moments,) = recorder.take_moments().values()
-    assert moments.tokens == 7
 
 
-def test_nothing_runs_where_nothing_is_observed() -> None:
+def test_a_record_alone_leaves_no_hook() -> None:
     module, x = Net(), torch.randn(3, 8)
     recorder = CallRecorder(module, prepare(module))
     recorder.record((x,), {"scale": 3.0})
     recorder.close()
     assert torch.equal(recorder.calls[0]["x"], x)
     assert recorder.graph_module is not None
-    assert recorder.take_moments() == {}
     assert not any(m._forward_pre_hooks for m in module.modules())

@@ -79,7 +79,7 @@ def test_equals_the_passes_called_by_hand(llama: Any, batches: Batches, validate
     gm = trace(twin, (), {**batches[0], "use_cache": False})
     values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
     solve = PruneAndQuantize(values, SolveConfig(refine=config.refine))
-    passes = [*analysis(Scope()), Allocate(config, {}), solve, Pack(), FoldPermutations()]
+    passes = [*analysis(Scope()), Allocate(config), solve, Pack(), FoldPermutations()]
     run_passes(gm, passes)
     for (name, ours), theirs in zip(llama.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -113,7 +113,7 @@ def test_known_calls_take_the_place_of_the_loop(llama: Any, batches: Batches, va
     twin, runs = copy.deepcopy(llama), []
     validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
     callback = ModelCompression(config, module="model", progress=False)
-    assert not callback.observes
+    assert not callback.guided
     twin.register_forward_hook(lambda *_: runs.append(1))
     calls = ({**batch, "use_cache": False} for batch in batches)
     with quiet_lightning():
@@ -125,10 +125,10 @@ def test_known_calls_take_the_place_of_the_loop(llama: Any, batches: Batches, va
         assert torch.equal(ours, theirs), name
 
 
-def test_calls_that_have_to_be_observed_are_not_taken(llama: Any, batches: Batches) -> None:
+def test_calls_that_need_a_loss_are_not_taken(llama: Any, batches: Batches) -> None:
     callback = ModelCompression(CompressionConfig(code_bits=4), module="model", progress=False)
-    assert callback.observes
-    with quiet_lightning(), pytest.raises(ValueError, match=r"needs no statistics: run `trainer\.validate`"):
+    assert callback.guided
+    with quiet_lightning(), pytest.raises(ValueError, match=r"`guidance: 0`: run `trainer\.validate`"):
         callback.take_calls(make_trainer("cpu", progress=False), CausalLM(llama), batches)
     assert hooks(llama) == 0
 

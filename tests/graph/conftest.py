@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import fx, nn
 
-from mpfx.graph import OUTPUT, bind_inputs, blocks, run_block
+from mpfx.graph import OUTPUT, bind_inputs, blocks, last_readers, run_block
 from tests.zoo import Sample, build
 
 Family = Callable[..., tuple[nn.Module, Callable[..., Sample]]]
@@ -26,10 +26,11 @@ def run_in_blocks() -> Callable[..., Any]:
 
     def run(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         parts = blocks(gm)
+        readers = last_readers(parts)
         env = bind_inputs(gm, args, kwargs)
         for block in parts:
-            run_block(block, env, parts[block.index + 1 :])
-            env = run_block(block, env, parts[block.index + 1 :])
+            run_block(block, env, readers)
+            env = run_block(block, env, readers)
         return env[OUTPUT]
 
     return run

@@ -112,7 +112,7 @@ def test_a_module_of_the_users_own(tmp_path: Path) -> None:
     model, x = build(), torch.randn(16, 40)
     gm = run_passes(trace(model, (x,)), analysis())
     solve = PruneAndQuantize([bind_inputs(gm, (x,), {})])
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=5, allocation="fixed"), {}), solve, Pack()])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=5, allocation="fixed")), solve, Pack()])
     mpfx.save(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"build it and call mpfx\.load"):
         mpfx.load(tmp_path)

@@ -60,7 +60,9 @@ def compressed(model: nn.Module, batches: Batches, config: CompressionConfig) ->
     gm = located_graph(model, batches[0])
     moments = dense_moments(gm, batches) if config.scored else {}
     values = bound(gm, batches)
-    run_passes(gm, [Allocate(config, moments), PruneAndQuantize(values), Pack(), FoldPermutations()], values[:1])
+    run_passes(
+        gm, [Allocate(config, moments.items()), PruneAndQuantize(values), Pack(), FoldPermutations()], values[:1]
+    )
     return solved_groups(gm)
 
 
@@ -150,7 +152,7 @@ def test_budget_spreads_code_bits_over_the_model(make_llama: Any, batches: Batch
     gm = located_graph(model, batches[0])
     moments = dense_moments(gm, batches)
     for target in (2.0, 3.0, 3.37, 4.0, 5.0, 7.0, 8.0):
-        run_passes(gm, [Allocate(CompressionConfig(code_bits=target, allocation="budget"), moments)])
+        run_passes(gm, [Allocate(CompressionConfig(code_bits=target, allocation="budget"), moments.items())])
         plans = list(annotations(gm, PLAN).values())
         step = min(32 * sum(plan.rows.values()) for plan in plans)  # one bit for one segment of the smallest group
         missing = (target - code_bits_per_weight(plans)) * sum(plan.numel for plan in plans)
@@ -183,7 +185,7 @@ def test_blocks_can_have_budgets_of_their_own(llama: Any, batches: Batches) -> N
 def test_a_pattern_that_matches_no_block_is_refused(llama: Any, batches: Batches) -> None:
     gm = located_graph(llama, batches[0])
     with pytest.raises(PassError, match=r"'layer.7' matches none of .*model\.layers\.0"):
-        run_passes(gm, [Allocate(CompressionConfig(code_bits=4, block_bits={"layer.7": 3}, allocation="fixed"), {})])
+        run_passes(gm, [Allocate(CompressionConfig(code_bits=4, block_bits={"layer.7": 3}, allocation="fixed"))])
 
 
 def test_a_tie_across_budgets_is_refused(llama: Any, batches: Batches) -> None:
@@ -233,7 +235,7 @@ def test_sequential_solving_sees_the_compressed_prefix(llama: Any, batches: Batc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "solve_group", spy)
         run_passes(
-            gm, [Allocate(CompressionConfig(code_bits=2, allocation="fixed"), {}), PruneAndQuantize(bound(gm, batches))]
+            gm, [Allocate(CompressionConfig(code_bits=2, allocation="fixed")), PruneAndQuantize(bound(gm, batches))]
         )
     dense = list(dense_moments(gm, batches).values())
     assert torch.allclose(seen[0].hessian, dense[0].hessian)  # nothing is solved before the first block
@@ -250,7 +252,7 @@ def test_solving_leaves_the_model_alone_also_after_a_failure(llama: Any, batches
     gm = located_graph(llama, batches[0])
     before = {n: p.clone() for n, p in llama.state_dict().items()}
     solve = PruneAndQuantize(bound(gm, batches))
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed"), {}), solve])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed")), solve])
     assert all(torch.equal(p, before[n]) for n, p in llama.state_dict().items())
 
     def stop(name: str, share: float) -> None:
@@ -267,7 +269,7 @@ def test_progress_goes_from_block_to_block_to_the_end(llama: Any, batches: Batch
     gm = located_graph(llama, batches[0])
     told: list[tuple[str, float]] = []
     solve = PruneAndQuantize(bound(gm, batches), on_block=lambda name, share: told.append((name, share)))
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed"), {}), solve])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed")), solve])
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
@@ -280,7 +282,7 @@ def test_activations_that_are_not_finite_name_the_sites(llama: Any, batches: Bat
     gm = located_graph(llama, batches[0])
     with pytest.raises(PassError, match=r"model\.layers\.1.*gate_proj.*NaN or infinity"):
         run_passes(
-            gm, [Allocate(CompressionConfig(code_bits=4, allocation="fixed"), {}), PruneAndQuantize(bound(gm, batches))]
+            gm, [Allocate(CompressionConfig(code_bits=4, allocation="fixed")), PruneAndQuantize(bound(gm, batches))]
         )
 
 
@@ -290,7 +292,7 @@ def test_statistics_that_are_not_finite_name_the_sites(llama: Any, batches: Batc
     gm = located_graph(llama, batches[0])
     config = CompressionConfig(code_bits=4, allocation="budget")
     with pytest.raises(PassError, match=r"sites model\.layers\.1.*gate_proj.*NaN or infinity"):
-        run_passes(gm, [Allocate(config, dense_moments(gm, batches))])
+        run_passes(gm, [Allocate(config, dense_moments(gm, batches).items())])
 
 
 def test_padding_does_not_count(llama: Any, batches: Batches) -> None:
@@ -326,15 +328,15 @@ def test_passes_say_what_has_to_run_before(llama: Any, batches: Batches) -> None
     gm = trace(llama, (), batches[0])
     config = CompressionConfig(code_bits=4, allocation="quantile")
     with pytest.raises(PassError, match="run LocateSites and GroupInputs before"):
-        run_passes(gm, [Allocate(config, {})])
+        run_passes(gm, [Allocate(config)])
     run_passes(gm, analysis(Scope()))
     with pytest.raises(PassError, match="statistics of every input group"):
-        run_passes(gm, [Allocate(config, {})])
+        run_passes(gm, [Allocate(config)])
     with pytest.raises(PassError, match="run Allocate before"):
         run_passes(gm, [PruneAndQuantize(batches)])
     with pytest.raises(PassError, match="run PruneAndQuantize before"):
         run_passes(gm, [Pack()])
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=4, allocation="fixed"), {})])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=4, allocation="fixed"))])
     with pytest.raises(PassError, match="at least one calibration batch"):
         run_passes(gm, [PruneAndQuantize([])])
 
@@ -346,7 +348,7 @@ def test_a_plain_module(batches: Batches) -> None:
     before = model(x).detach()
     gm = run_passes(trace(model, (x,)), analysis(Scope()))
     solve = PruneAndQuantize([bind_inputs(gm, (x,), {})])
-    run_passes(gm, [Allocate(CompressionConfig(code_bits=6, allocation="fixed"), {}), solve, Pack()])
+    run_passes(gm, [Allocate(CompressionConfig(code_bits=6, allocation="fixed")), solve, Pack()])
     assert [type(m).__name__ for m in model] == [
         *("MixedPrecisionLinear", "GELU", "MixedPrecisionLinear", "ReLU", "MixedPrecisionLinear")
     ]

@@ -78,16 +78,16 @@ def test_optimal_is_guided_and_corrected_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "observed"),
+    ("fields", "measured"),
     [
         ({"allocation": "fixed", "fold_scales": False}, False),
         ({"allocation": "fixed", "sparsity": 0.5}, False),
         ({"allocation": "fixed"}, True),
-        ({"allocation": "fixed", "fold_scales": False, "guidance": 0.5}, True),
+        ({"allocation": "fixed", "fold_scales": False, "guidance": 0.5}, False),
         ({"allocation": "quantile"}, True),
         ({"guidance": 0}, True),
         ({}, True),
     ],
 )
-def test_the_dense_model_is_observed_where_that_is_needed(fields: dict[str, Any], observed: bool) -> None:
-    assert CompressionConfig(code_bits=4, **fields).observed is observed
+def test_statistics_are_taken_where_they_are_needed(fields: dict[str, Any], measured: bool) -> None:
+    assert CompressionConfig(code_bits=4, **fields).measured is measured

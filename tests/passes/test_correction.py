@@ -75,7 +75,7 @@ def compressed(net: nn.Module, x: Tensor, config: SolveConfig, bits: int = 2) ->
     gm = run_passes(mpfx.trace(net, (x,)), analysis())
     batch = bind_inputs(gm, (x,))
     plan = CompressionConfig(code_bits=bits, allocation="fixed", grid=GridConfig(group_size=32))
-    run_passes(gm, [Allocate(plan, {}), PruneAndQuantize([batch], config)])
+    run_passes(gm, [Allocate(plan), PruneAndQuantize([batch], config)])
     return gm
 
 
@@ -128,9 +128,9 @@ def test_sensitivities_of_other_calls_are_left_away_and_told_of() -> None:
     plan = CompressionConfig(code_bits=3, allocation="fixed")
     wrong = {group.name: Sensitivity.of([[torch.ones(63)]]) for group in located(gm)}
     solve = PruneAndQuantize([batch], SolveConfig(guidance=0.5), wrong)
-    solved = solved_groups(run_passes(gm, [Allocate(plan, {}), solve]))
+    solved = solved_groups(run_passes(gm, [Allocate(plan), solve]))
     assert all("reads other tokens" in str(group.fallback) for group in solved)
     with pytest.raises(Exception, match="`strict` allows no fallback"):
-        run_passes(gm, [Allocate(plan, {}), replace(solve, strict=True)])
+        run_passes(gm, [Allocate(plan), replace(solve, strict=True)])
     with pytest.raises(Exception, match=r"sensitivities of 2 batches.* but got some of \[1\]"):
-        run_passes(gm, [Allocate(plan, {}), replace(solve, batches=[batch, batch])])
+        run_passes(gm, [Allocate(plan), replace(solve, batches=[batch, batch])])

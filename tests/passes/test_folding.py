@@ -26,7 +26,7 @@ from mpfx.passes import (
     run_passes,
     solved_groups,
 )
-from mpfx.stats import Moments
+from mpfx.stats import ChannelMoments, Moments
 
 Batches = list[dict[str, Tensor]]
 
@@ -42,6 +42,10 @@ def moments_of(gm: fx.GraphModule, values: list[dict[str, Any]]) -> dict[str, Mo
         for batch in values:
             gm(**batch)
     return {g.name: moments for g, moments, _ in finalised(accumulators, located(gm)) if moments is not None}
+
+
+def channels_of(moments: dict[str, Moments]) -> dict[str, ChannelMoments]:
+    return {name: found.channels for name, found in moments.items()}
 
 
 def disturb_biases(model: nn.Module) -> None:
@@ -73,7 +77,7 @@ def test_folded_models_compute_the_same_without_gathers(
     disturb_biases(language_model)
     gm, values = analysed(language_model, batches)
     moments = moments_of(gm, values)
-    run_passes(gm, [Allocate(config, moments), PruneAndQuantize(values), Pack()])
+    run_passes(gm, [Allocate(config, moments.items()), PruneAndQuantize(values), Pack()])
     probe = {"input_ids": batches[1]["input_ids"][:2, :19]}
     unfolded, names = language_model(**probe).logits.detach(), gathers(language_model)
     run_passes(gm, [FoldPermutations()], values[:1])
@@ -96,7 +100,7 @@ def test_rows_of_sites_that_stay_dense_are_reordered_too(llama: Any, batches: Ba
     before = {n: m for n, m in llama.named_modules() if n.endswith("up_proj")}
     weights = {name: module.weight.detach().clone() for name, module in before.items()}
     config = CompressionConfig(code_bits=4, allocation="fixed")
-    run_passes(gm, [Allocate(config, {}), PruneAndQuantize(values), Pack()])
+    run_passes(gm, [Allocate(config), PruneAndQuantize(values), Pack()])
     unfolded = llama(**batches[1]).logits.detach()
     run_passes(gm, [FoldPermutations()], values[:1])
     folded = llama(**batches[1]).logits.detach()
@@ -118,7 +122,7 @@ def test_a_fold_that_changes_the_model_is_found_and_undone(
 
     original = mpfx.graph.row_order
     monkeypatch.setattr("mpfx.passes.pack.row_order", rows_but_of_gate)
-    steps = [Allocate(CompressionConfig(code_bits=4, allocation="fixed"), {}), PruneAndQuantize(values), Pack()]
+    steps = [Allocate(CompressionConfig(code_bits=4, allocation="fixed")), PruneAndQuantize(values), Pack()]
     with pytest.raises(PassError, match=r"FoldPermutations \(after Allocate.* changed by .* of its largest value"):
         run_passes(gm, [*steps, FoldPermutations()], values[:1])
     assert gathers(llama) == set()
@@ -139,7 +143,12 @@ def test_scales_lower_the_error_of_rounding_and_change_nothing_else(
     gm, values = analysed(language_model, batches)
     moments, config = moments_of(gm, values), CompressionConfig(code_bits=bits, allocation="fixed")
     way_back = ExitStack()
-    run_passes(gm, [Allocate(config, moments), FoldScales(moments)], values[:1], way_back=way_back)
+    run_passes(
+        gm,
+        [Allocate(config, moments.items()), FoldScales(channels_of(moments))],
+        values[:1],
+        way_back=way_back,
+    )
     after = language_model(**batches[1]).logits.detach()
     assert float((after - dense).abs().max() / dense.abs().max()) < 1e-4  # norms of 20 amplify rounding
     scaled = [n for n, p in language_model.state_dict().items() if not torch.equal(p, before.state_dict()[n])]
@@ -170,7 +179,11 @@ def test_half_precision_is_scaled_without_rounding(llama: Any, batches: Batches)
     gm, values = analysed(llama, batches)
     before = {n: p.clone() for n, p in llama.state_dict().items()}
     run_passes(
-        gm, [Allocate(CompressionConfig(code_bits=3, allocation="fixed"), {}), FoldScales(moments_of(gm, values))]
+        gm,
+        [
+            Allocate(CompressionConfig(code_bits=3, allocation="fixed")),
+            FoldScales(channels_of(moments_of(gm, values))),
+        ],
     )
     ratios = [(p / before[n])[before[n] != 0] for n, p in llama.state_dict().items()]
     assert any(bool((ratio != 1).any()) for ratio in ratios)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mpfx
-from mpfx.passes import Sensing, analysis, located, run_passes
+from mpfx.graph import bind_inputs
+from mpfx.passes import Sensing, analysis, dense_moments, located, run_passes
 
 
 class Net(nn.Module):
@@ -37,8 +38,10 @@ def sensed(net: nn.Module, batches: list[Tensor]) -> tuple[Any, Any]:
     gm = run_passes(mpfx.trace(net if getattr(net, "wrap", None) is None else plain, (batches[0],)), analysis())
     sensing = Sensing(gm, located(gm))
     for x in batches:
-        sensing.batch(lambda x=x: gm_module(gm)(x).square().sum(), {})  # type: ignore[misc]
-    return sensing.finalise()
+        sensing.batch(lambda x=x: gm_module(gm)(x).square().sum())  # type: ignore[misc]
+    found = sensing.finalise()
+    with torch.no_grad():
+        return dict(dense_moments(gm, [bind_inputs(gm, (x,)) for x in batches], sensed=found)), found.sensitivities
 
 
 def gm_module(gm: Any) -> nn.Module:
@@ -96,12 +99,12 @@ def test_gradient_checkpoints_change_nothing(reentrant: bool) -> None:
     x = torch.randn(6, 8)
     gm = run_passes(mpfx.trace(plain, (x,)), analysis())
     expected = Sensing(gm, located(gm))
-    expected.batch(lambda: plain(x).square().sum(), {})
-    _, right = expected.finalise()
+    expected.batch(lambda: plain(x).square().sum())
+    right = expected.finalise().sensitivities
     plain.wrap = wrapped.wrap
     again = Sensing(gm, located(gm))
-    again.batch(lambda: plain(x.clone().requires_grad_(reentrant)).square().sum(), {})
-    _, found = again.finalise()
+    again.batch(lambda: plain(x.clone().requires_grad_(reentrant)).square().sum())
+    found = again.finalise().sensitivities
     for name in right:
         assert len(found[name].batches[0]) == 1
         assert torch.allclose(found[name].batches[0][0], right[name].batches[0][0], rtol=1e-5)
@@ -113,11 +116,10 @@ def test_padding_weighs_nothing_in_guided_moments(make_llama: Callable[..., Any]
     mask[1, 6:] = 0
     gm = run_passes(mpfx.trace(llama, (), {"input_ids": ids, "attention_mask": mask, "use_cache": False}), analysis())
     sensing = Sensing(gm, located(gm))
-    sensing.batch(
-        lambda: llama(input_ids=ids, attention_mask=mask, use_cache=False).logits.square().mean(),
-        {"attention_mask": mask},
-    )
-    moments, _ = sensing.finalise()
+    values = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    sensing.batch(lambda: llama(**values).logits.square().mean())
+    with torch.no_grad():
+        moments = dict(dense_moments(gm, [bind_inputs(gm, (), values)], sensed=sensing.finalise()))
     assert {m.tokens for m in moments.values()} == {15}
 
 
@@ -126,7 +128,7 @@ def test_a_loss_without_gradient_names_the_way_out(value: Any) -> None:
     net = Net()
     gm = run_passes(mpfx.trace(net, (torch.randn(2, 8),)), analysis())
     with pytest.raises(ValueError, match=r"differentiable scalar loss.*`guidance: 0`"):
-        Sensing(gm, located(gm)).batch(lambda: value, {})
+        Sensing(gm, located(gm)).batch(lambda: value)
 
 
 def test_experts_are_judged_by_the_gradient_of_their_weights() -> None:
@@ -146,8 +148,10 @@ def test_experts_are_judged_by_the_gradient_of_their_weights() -> None:
     ids = torch.randint(0, 60, (4, 32))
     gm = run_passes(mpfx.trace(model, (), {"input_ids": ids, "use_cache": False}), analysis())
     sensing = Sensing(gm, located(gm))
-    sensing.batch(lambda: model(input_ids=ids, use_cache=False).logits.square().mean(), {})
-    moments, _ = sensing.finalise()
+    sensing.batch(lambda: model(input_ids=ids, use_cache=False).logits.square().mean())
+    values = bind_inputs(gm, (), {"input_ids": ids, "use_cache": False})
+    with torch.no_grad():
+        moments = dict(dense_moments(gm, [values], sensed=sensing.finalise()))
     parameter = next(p for name, p in model.named_parameters() if name.endswith("experts.down_proj"))
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.square().mean(), [parameter])

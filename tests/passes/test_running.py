@@ -1,0 +1,145 @@
+"""Blocks that lie elsewhere than where they run: copies stand in for moves to an accelerator."""
+
+import copy
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from mpfx.graph import bind_inputs, blocks, run_on, trace
+from mpfx.passes import (
+    Allocate,
+    CompressionConfig,
+    FoldPermutations,
+    Pack,
+    PruneAndQuantize,
+    Runner,
+    Scope,
+    SolveConfig,
+    analysis,
+    dense_moments,
+    run_passes,
+    running,
+)
+
+Batches = list[dict[str, Tensor]]
+CPU = torch.device("cpu")
+CONFIG = CompressionConfig(bits_per_weight=5, guidance=0, fold_scales=False)
+
+
+def compressed(model: nn.Module, batches: Batches, runner: Runner) -> fx.GraphModule:
+    gm = run_passes(trace(model, (), {**batches[0], "use_cache": False}), analysis(Scope()))
+    values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+    solve = PruneAndQuantize(values, SolveConfig(correction=0.5), runner=runner)
+    steps = [Allocate(CONFIG, dense_moments(gm, values, runner)), solve, Pack(), FoldPermutations()]
+    return run_passes(gm, steps, values[:1], run=runner.whole)
+
+
+class Copies:
+    """Remembers what was copied to the device, and what of it there still is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+        original = running._Fetcher._copy
+
+        def copied(fetcher: Any, tensor: Tensor) -> Tensor:
+            result = original(fetcher, tensor)
+            self.made.append(weakref.ref(result))
+            self.most = max(self.most, self.alive)
+            return result
+
+        monkeypatch.setattr(running, "is_away", lambda tensor, device: True)
+        monkeypatch.setattr(running._Fetcher, "_copy", copied)
+
+    @property
+    def alive(self) -> int:
+        return sum(tensor.nbytes for ref in self.made if (tensor := ref()) is not None)
+
+
+def test_moved_blocks_give_the_same_bytes(
+    language_model: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = copy.deepcopy(language_model)
+    compressed(language_model, batches, Runner(CPU))
+    copies = Copies(monkeypatch)
+    compressed(twin, batches, Runner(CPU))
+    assert copies.made
+    for (name, ours), theirs in zip(language_model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_two_blocks_are_on_the_device_at_most(make_llama: Any, batches: Batches, monkeypatch: Any) -> None:
+    llama = make_llama(num_hidden_layers=4, hidden_size=128, intermediate_size=256)
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis(Scope()))
+    values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+    copies = Copies(monkeypatch)
+    of_block = sum(p.nbytes for p in llama.model.layers[0].parameters())
+    with torch.no_grad():
+        for _ in dense_moments(gm, values, Runner(CPU)):
+            pass
+    assert of_block < copies.most <= 2 * of_block + llama.model.embed_tokens.weight.nbytes
+    assert copies.alive == 0
+
+
+def test_everything_is_home_again_when_a_block_fails(llama: Any, batches: Batches, monkeypatch: Any) -> None:
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis(Scope()))
+    homes = {name: p.data_ptr() for name, p in llama.named_parameters()}
+    Copies(monkeypatch)
+    weight, away = llama.model.layers[0].mlp.up_proj.weight, []
+
+    def fail() -> None:
+        with Runner(CPU).placed(blocks(gm)) as placed:
+            for block in placed:
+                away.append(weight.data_ptr() != homes["model.layers.0.mlp.up_proj.weight"])
+                if block.index == 1:
+                    raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert away == [False, True]
+    assert {name: p.data_ptr() for name, p in llama.named_parameters()} == homes
+
+
+def test_values_wait_on_the_host_where_the_device_is_crowded(
+    llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[Tensor] = []
+    monkeypatch.setattr(running, "_SMALL", 0)
+    monkeypatch.setattr(running, "allocated_bytes", lambda device: 10)
+    original = running._to_host
+
+    def to_host(tensor: Tensor) -> Tensor:
+        moved.append(tensor)
+        return original(tensor)
+
+    monkeypatch.setattr(running, "_to_host", to_host)
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis(Scope()))
+    values = bind_inputs(gm, (), {**batches[0], "use_cache": False})
+    with torch.no_grad():
+        plain = dict(dense_moments(gm, [values], Runner(CPU, most_bytes=11)))
+        assert not moved
+        waiting = dict(dense_moments(gm, [values], Runner(CPU, most_bytes=10)))
+    assert moved
+    assert all(torch.equal(plain[name].hessian, found.hessian) for name, found in waiting.items())
+
+
+def test_a_graph_makes_its_tensors_where_it_runs(llama: Any, batches: Batches) -> None:
+    """The meta device stands for an accelerator: results there have sizes only."""
+    gm = trace(llama, (), {**batches[0], "use_cache": False})
+    values = bind_inputs(gm, (), {**batches[0], "use_cache": False})
+    meta = torch.device("meta")
+    llama.to(meta)
+    for block in blocks(gm):
+        run_on(block, meta, {CPU})
+    assert Runner(meta).whole(gm, values)["logits"].is_meta
+
+
+@pytest.mark.parametrize("offload", ["auto", "never", "always"])
+def test_nothing_is_offloaded_from_the_host(llama: Any, offload: Any) -> None:
+    assert running.most_bytes(CPU, offload) is None
+    assert not running.stays_on_host(llama, CPU, offload)
+    with pytest.raises(ValueError, match="`offload` to be auto, always or never"):
+        CompressionConfig(code_bits=4, offload="sometimes")  # type: ignore[arg-type]
