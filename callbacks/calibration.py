@@ -1,25 +1,31 @@
 """Watch a module during a validation loop: its real calls, what its Linears read, and what they mean to the loss."""
 
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 from typing_extensions import override
 
 from mpfx.graph import InputGroup, bind_inputs, first_samples
 from mpfx.passes import (
+    ALONE,
     Calibration,
     CompressionConfig,
+    Ranks,
     Reading,
     Sensing,
     check_feasible,
@@ -82,9 +88,13 @@ class CallRecorder:
         finally:
             self.reading, self._paused = before, False
 
-    def take_moments(self) -> dict[str, Moments]:
-        """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large."""
-        taken = finalised(self._accumulators, self._groups)
+    def take_moments(self, ranks: Ranks = ALONE) -> dict[str, Moments]:
+        """Hand over the statistics by name of the input group; the recorder keeps none, as Hessians are large.
+
+        Args:
+            ranks: the processes, each of which recorded calls of its own: each gets those of some groups in all calls.
+        """
+        taken = finalised(self._accumulators, ranks.summed(self._accumulators, self._groups))
         return {group.name: moments for group, moments, _ in taken if moments is not None}
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,6 +127,9 @@ class ModelCalibration(Callback):
     gathers the statistics of every input group. With guidance, it runs every batch once more, forward and backward,
     for the sensitivity of the loss; the loop's own results are undisturbed.
 
+    Under a Trainer with several devices (strategy ddp) every process gathers from its own batches, and the sums of all
+    count every sample once: samples that a sampler repeats, to give all processes as many, are refused.
+
     Args:
         configs: what will be done: one or more, alike in scope, passes and strictness.
         module: path of the submodule to compress; "" for the LightningModule itself.
@@ -136,8 +149,10 @@ class ModelCalibration(Callback):
         self.configs, self.module, self.loss = configs, module, loss
         self.seconds: dict[str, float] = {}
         self.calibration: Calibration | None = None
+        self._ranks = Ranks()
         self._recorder: CallRecorder | None = None
         self._sensing: Sensing | None = None
+        self._averaged_over = 1
         self._random: list[Tensor] = []
         self._batch: Any = None
         self._sensed = 0
@@ -161,7 +176,8 @@ class ModelCalibration(Callback):
         Args:
             trainer: whose precision is computed in; it does not run.
             pl_module: on the device to compute on.
-            calls: keyword arguments of every call of the target module, on that device.
+            calls: keyword arguments of every call of the target module, on that device; of several processes, which
+                have to be started already, each has its own.
 
         Raises:
             ValueError: if something has to be observed.
@@ -184,10 +200,8 @@ class ModelCalibration(Callback):
         return any(config.observed for config in self.configs)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CallRecorder:
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
-            )
+        check_shares(trainer)
+        self._ranks = Ranks.of(trainer.world_size, pl_module.device)
         self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
         self._recorder.open()
         self._started = time.perf_counter()
@@ -233,9 +247,7 @@ class ModelCalibration(Callback):
         self._sensed += 1
         started, masks = time.perf_counter(), self._recorder.reading.masks
         # A mean over fewer would count each of them more.
-        share = averaged_over(self._recorder.calls[-1], masks) / averaged_over(
-            self._recorder.calls[0], padding_masks(self._recorder.calls[0])
-        )
+        share = averaged_over(self._recorder.calls[-1], masks) / self._averaged_over
 
         def loss() -> Tensor:
             with trainer.precision_plugin.forward_context():
@@ -261,22 +273,29 @@ class ModelCalibration(Callback):
         recorder.close()
         other = self.seconds.get("trace", 0.0) + self.seconds.get("sense", 0.0)
         self.seconds["observe"] = time.perf_counter() - self._started - other
-        if recorder.graph_module is None:
-            raise RuntimeError(
-                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
-                "nothing to trace: name the submodule that `validation_step` calls, as in "
-                "ModelCompression(config, module='model')."
-            )
         try:
-            sensed = ({}, {}) if self._sensing is None else self._sensing.finalise()
-            self._sensing = None
-            calibration = Calibration(recorder.graph_module, recorder.calls, recorder.take_moments(), *sensed)
+            with self._ranks.together():
+                calibration = self._gathered(pl_module, recorder)
             self._finish(trainer, pl_module, calibration)
         except BaseException:
             self._drop()
             raise
         self._way_back.pop_all()  # from here on the changes stay, and the dense weights may go
         self._recorder = None
+
+    def _gathered(self, pl_module: pl.LightningModule, recorder: CallRecorder) -> Calibration:
+        """What was recorded in this process, with the statistics of all."""
+        if recorder.graph_module is None:
+            raise RuntimeError(
+                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
+                "nothing to trace: name the submodule that `validation_step` calls, as in "
+                "ModelCompression(config, module='model')."
+            )
+        ranks, sensing = self._ranks, self._sensing
+        self._sensing = None
+        moments = recorder.take_moments(ranks)
+        guided, sensitivities = ({}, {}) if sensing is None else sensing.finalise(ranks)
+        return Calibration(recorder.graph_module, recorder.calls, moments, guided, sensitivities, ranks)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
         self.calibration = calibration
@@ -311,6 +330,16 @@ class ModelCalibration(Callback):
     def _prepare(
         self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[fx.GraphModule, list[InputGroup]]:
+        with self._ranks.together() as exchange:
+            gm, groups = self._traced(whole, args, kwargs)
+            firsts = exchange(FirstCall.of(gm, bind_inputs(gm, args, kwargs)))
+        check_alike(firsts)
+        self._averaged_over = firsts[0].averaged_over
+        return gm, groups
+
+    def _traced(
+        self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[fx.GraphModule, list[InputGroup]]:
         assert self._recorder is not None
         started = time.perf_counter()
         config = self.configs[0]
@@ -325,6 +354,74 @@ class ModelCalibration(Callback):
             self._sensing = Sensing(gm, located(gm))
         plain = any(c.measured and not c.power for c in self.configs)
         return gm, located(gm) if plain else []
+
+
+@dataclass(frozen=True)
+class FirstCall:
+    """What processes tell each other of their first calls.
+
+    Attributes:
+        digest: of the tensors in it.
+        averaged_over: see :func:`averaged_over`.
+        groups: names of the input groups.
+    """
+
+    digest: str
+    averaged_over: int
+    groups: list[str]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, values: Mapping[str, Any]) -> "FirstCall":
+        """Sum up a call."""
+        hashed = hashlib.sha256()
+        for tensor in (leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)):
+            hashed.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        names = [group.name for group in located(gm)]
+        return cls(hashed.hexdigest(), averaged_over(values, padding_masks(values)), names)
+
+
+def check_alike(firsts: Sequence[FirstCall]) -> None:
+    """Refuse processes that calibrate on the same batches, or on different models.
+
+    Raises:
+        ValueError: naming the processes.
+    """
+    for rank, call in enumerate(firsts[1:], 1):
+        if call.groups != firsts[0].groups:
+            raise ValueError(
+                f"Expected the same model in all processes but process {rank} found the input groups {call.groups[:3]} "
+                f"... and process 0 {firsts[0].groups[:3]} ..."
+            )
+        if call.digest == firsts[0].digest:
+            raise ValueError(
+                f"Expected batches of its own in every process but {rank} got the same first one as 0, so that samples "
+                "would count twice: leave `use_distributed_sampler` of the Trainer on, or share out the data set."
+            )
+
+
+def check_shares(trainer: pl.Trainer) -> None:
+    """Refuse processes that do not hold the whole model each, and samplers that give them samples twice.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if trainer.world_size == 1:
+        return
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise ValueError(
+            f"Expected strategy ddp, where every process has the whole model, but got {type(trainer.strategy).__name__}"
+            f" with {trainer.world_size} processes: use `strategy='ddp'` or `devices=1`."
+        )
+    for loader in pytree.tree_leaves(trainer.val_dataloaders):
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+            samples = len(sampler.dataset)  # type: ignore[arg-type]
+            if repeated := sampler.total_size - samples:
+                raise ValueError(
+                    f"Expected a number of samples that {trainer.world_size} processes can share evenly but got "
+                    f"{samples}, of which the sampler repeats {repeated}, which would count twice: leave out "
+                    f"{samples % trainer.world_size}, or give the loader `sampler=mpfx.lm.EachOnce(data, batch_size)`."
+                )
 
 
 def averaged_over(values: Mapping[str, Any], masks: Mapping[str, Tensor]) -> int:

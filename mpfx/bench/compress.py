@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from mpfx.bench.stages import HESSIAN, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
 from mpfx.graph import bind_inputs, blocks, linear_weight, run_block, traced_module
-from mpfx.lm import CausalLM, evaluate, make_trainer
+from mpfx.lm import CausalLM, EachOnce, evaluate, is_first_process, make_trainer
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
 from mpfx.report import reset_peak_memory
@@ -52,6 +53,7 @@ class CompressConfig:
         plain: whether the plain loop runs too, on one block: 4-bit codes in groups of 128, the same sparsity.
         parts: whether the parts of stages are measured too. The device is waited for at the bounds of each, which takes
             time: without them stages are as fast as they are.
+        devices: how many share calibration and solving: of the kind of `device`, numbered from 0.
         device: cpu, cuda or cuda:<number>; None: a CUDA device if there is one.
         dtype: of the model; None: bfloat16 on a CUDA device, float32 on the CPU.
 
@@ -69,15 +71,23 @@ class CompressConfig:
     guided: bool = False
     plain: bool = True
     parts: bool = True
+    devices: int = 1
     device: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch"):
+        for name in ("samples", "batch", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` of 1 or more but got {getattr(self, name)}.")
         if self.length < 3:
             raise ValueError(f"Expected `length` of 3 or more but got {self.length}.")
+        if self.devices > 1 and ":" in (self.device or ""):
+            raise ValueError(f"Expected `device` without a number with {self.devices} devices but got {self.device!r}.")
+        if -(-self.samples // self.batch) < self.devices:
+            raise ValueError(
+                f"Expected at least one batch for each of {self.devices} devices but {self.samples} samples make fewer "
+                f"of {self.batch}: lower `batch` or raise `samples`."
+            )
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
 
@@ -138,7 +148,7 @@ class CompressReport:
         blocks: repeated ones.
         rates: of the device.
         stages: by name, in the order of the run; parts as ``solve/sweep``.
-        floors: seconds that stages take at least, by name.
+        floors: seconds that stages take at least, by name, shared out evenly over all devices.
         plain: seconds of the plain loop for one block; None: not measured.
         environment: of the run.
         notes: what has to be known of the figures.
@@ -168,10 +178,11 @@ class CompressReport:
         """What was measured where."""
         c, r = self.config, self.rates
         pruned = f", {c.sparsity:.0%} pruned" if c.sparsity else ""
+        where = f"{c.devices} x {place(self.environment)}" if c.devices > 1 else place(self.environment)
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "
-            f"{c.length} tokens; {kind}; {place(self.environment)}; matrix products {r.half / 1e12:.3g} TFLOP/s "
+            f"{c.length} tokens; {kind}; {where}; matrix products {r.half / 1e12:.3g} TFLOP/s "
             f"(float32 {r.single / 1e12:.3g}), a copy {r.copy / 1e9:.3g} GB/s."
         )
 
@@ -229,6 +240,8 @@ def bench(
         ValueError: for a model that is not there, has too few positions, or cannot have such a size.
     """
     device = device_of(config.device)
+    if config.devices > 1 and device.type == "cuda":
+        device = device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")  # Lightning starts this program once for each
     dtype = dtype_of(config.dtype, device)
     clock = stopwatch(device) if clock is None else clock
     sizes = _sizes(config)
@@ -245,14 +258,14 @@ def bench(
         groups = [(g.sites[0].in_features, sum(s.out_features for s in g.sites)) for g in located(gm)]
         repeated = sum(block.repeated for block in blocks(gm))
         plain = None
-        if config.plain:
+        if config.plain and is_first_process():
             on_stage(f"{PLAIN}: one block")
             plain = _plain(gm, model, batches, config, device)
         del gm
         gc.collect()  # graphs have cycles
         on_stage("mpfx: all blocks")
         stages = _compressed(model, batches, config, device)
-    floors = {name: work.seconds(rates) for name, work in _floors(groups, config)}
+    floors = {name: work.seconds(rates) / config.devices for name, work in _floors(groups, config)}
     return CompressReport(
         config=config,
         weights=sum(channels * rows for channels, rows in groups),
@@ -331,9 +344,10 @@ def _compressed(
     """Compress as any user does, with the callback; the stages, in the order of the run."""
     meter = Meter(device)
     callback = ModelCompression(config.compression, module="model", progress=False)
-    where: Any = [device.index or 0] if device.type == "cuda" else 1
+    where: Any = [device.index or 0] if device.type == "cuda" and config.devices == 1 else config.devices
     trainer = make_trainer("gpu" if device.type == "cuda" else "cpu", where, callbacks=[callback], progress=False)
-    loader: DataLoader[Any] = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+    data: Any = list(batches)
+    loader: DataLoader[Any] = DataLoader(data, batch_size=None, sampler=EachOnce(data))
     with meter.watching(config.parts), meter.stage("observe"):
         evaluate(trainer, CausalLM(model), loader)
     inner = {name.removeprefix("observe/"): stage for name, stage in meter.stages.items() if "/" in name}

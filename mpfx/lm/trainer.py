@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from lightning.fabric.utilities import rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
@@ -40,12 +41,18 @@ def quiet_lightning() -> Iterator[None]:
             logger.removeFilter(above_info)
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or of several the one that prints and writes."""
+    return getattr(rank_zero.rank_zero_only, "rank", 0) == 0
+
+
 def make_trainer(
     accelerator: str = "auto",
     devices: int | Sequence[int] | Literal["auto"] = "auto",
     precision: Any = "32-true",
     callbacks: Iterable[Callback] = (),
     progress: bool = True,
+    nodes: int = 1,
 ) -> Trainer:
     """Return a Trainer for validation loops that writes nothing to disk and prints only its progress bar.
 
@@ -55,11 +62,13 @@ def make_trainer(
         precision: Lightning's name of the compute precision, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         callbacks: Callbacks to attach, in order.
         progress: Whether to show a progress bar.
+        nodes: How many machines, each with as many devices.
     """
     with quiet_lightning():
         return Trainer(
             accelerator=accelerator,
             devices=devices if isinstance(devices, (int, str)) else list(devices),
+            num_nodes=nodes,
             precision=precision,
             callbacks=list(callbacks),
             logger=False,

@@ -8,6 +8,7 @@ from mpfx.passes.observe import Reading, finalised, observed, padding_masks
 from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.pipeline import Calibration, Compressed, compress_calibrated
 from mpfx.passes.preflight import located_graph
+from mpfx.passes.ranks import ALONE, RankError, Ranks, was_told
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.scope import Scope
 from mpfx.passes.sense import Sensing
@@ -15,6 +16,7 @@ from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solve_
 
 __all__ = [
     "ALLOCATIONS",
+    "ALONE",
     "Allocate",
     "Calibration",
     "Compressed",
@@ -29,6 +31,8 @@ __all__ = [
     "PassError",
     "PassResult",
     "PruneAndQuantize",
+    "RankError",
+    "Ranks",
     "Reading",
     "Scope",
     "Sensing",
@@ -45,4 +49,5 @@ __all__ = [
     "run_passes",
     "solve_group",
     "solved_groups",
+    "was_told",
 ]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +33,7 @@ from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.frontier import measured_frontier, stacked_weight, unmeasured_frontier
 from mpfx.passes.locate import FOLD, annotate, annotations, located, naming_sites
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.solve import factorise
 from mpfx.stats import Moments
 
@@ -50,11 +52,14 @@ class Allocate(Pass):
 
     Args:
         config: strategy, size and all that goes with them.
-        moments: of the dense model's inputs, by name of the input group; empty for strategies that score nothing.
+        moments: of the dense model's inputs, by name of the input group; empty for strategies that score nothing. Of
+            several processes, each has those of some groups.
+        ranks: the processes; all come to the same plan.
     """
 
     config: CompressionConfig
     moments: Mapping[str, Moments]
+    ranks: Ranks = ALONE
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are located, and observed where the strategy needs it."""
@@ -67,8 +72,9 @@ class Allocate(Pass):
                 f"Expected no forward hooks on sites, as packed modules would not run them, but {hooked[:5]} got some "
                 "since the trace: remove them, register them before, or exclude these sites (`scope.exclude`)."
             )
+        known = self.ranks.joined(lambda: dict.fromkeys(self.moments))
         if (self.config.scored or self.config.allocation == "optimal") and (
-            lacking := [g.name for g in groups if g.name not in self.moments]
+            lacking := [g.name for g in groups if g.name not in known]
         ):
             raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
 
@@ -78,12 +84,12 @@ class Allocate(Pass):
         gm.meta[ALLOCATIONS] = []
         for target, groups, _ in domains(gm, self.config):
             if self.config.allocation == "optimal":
-                frontier = measured_frontier(gm, groups, self.config, self.moments)
+                frontier = measured_frontier(gm, groups, self.config, self.moments, self.ranks)
                 chosen = _chosen(gm, frontier, target, self.config)
                 plans.update({plan.name: plan for plan in chosen.plans})
                 gm.meta[ALLOCATIONS].append((frontier, chosen))
                 continue
-            scores = {g.name: self._score(gm, g) for g in groups} if self.config.scored else {}
+            scores = self.ranks.joined(partial(self._scores, gm, groups))
             plans.update({plan.name: plan for plan in allocate(_drafts(gm, groups, self.config, scores), target)})
         annotate(gm, PLAN, [(group.sites[0], group.name, plans[group.name]) for group in located(gm)])
         return PassResult(gm, modified=False)
@@ -98,6 +104,10 @@ class Allocate(Pass):
             size = measure([plans[g.name] for g in groups])
             if size > target + 1e-9:
                 raise ValueError(f"the plan takes {size:.4f} bits per weight, above the {target:g} asked for.")
+
+    def _scores(self, gm: fx.GraphModule, groups: Sequence[InputGroup]) -> dict[str, Tensor]:
+        wanted = [group for group in groups if self.config.scored and group.name in self.moments]
+        return {group.name: self._score(gm, group) for group in wanted}
 
     def _score(self, gm: fx.GraphModule, group: InputGroup) -> Tensor:
         weight, moments = stacked_weight(traced_module(gm), group), self.moments[group.name]

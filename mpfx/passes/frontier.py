@@ -21,6 +21,7 @@ from mpfx.graph import InputGroup, PermutationFold, traced_module
 from mpfx.nn.layout import SEGMENT
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FOLD, annotations, naming_sites
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.solve import factorise
 from mpfx.stats import Moments
 
@@ -33,7 +34,11 @@ def stacked_weight(model: nn.Module, group: InputGroup) -> Tensor:
 
 
 def measured_frontier(
-    gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig, moments: Mapping[str, Moments]
+    gm: fx.GraphModule,
+    groups: Sequence[InputGroup],
+    config: CompressionConfig,
+    moments: Mapping[str, Moments],
+    ranks: Ranks = ALONE,
 ) -> Frontier:
     """Measure the frontier of some input groups.
 
@@ -41,12 +46,20 @@ def measured_frontier(
         gm: traced, with folds located.
         groups: that share one budget.
         config: widths, grid, sparsity.
-        moments: of the dense model's inputs by name of the group; Hessians guided by the loss, or not.
+        moments: of the dense model's inputs by name of the group; Hessians guided by the loss, or not. Of several
+            processes, each measures the groups whose moments it has.
+        ranks: the processes.
     """
     empty = Frontier(config.widths, config.grid, (), config.activation_order)
-    drafts = _drafts(gm, groups, config, lambda group: moments[group.name].hessian.diagonal())
-    measured = (_measured(gm, *pair, config, moments[pair[0].name], empty) for pair in zip(groups, drafts, strict=True))
-    found, features = zip(*measured, strict=True)
+
+    def measure() -> dict[str, tuple[GroupFrontier, Tensor]]:
+        own = [group for group in groups if group.name in moments]
+        drafts = _drafts(gm, own, config, lambda group: moments[group.name].hessian.diagonal())
+        pairs = zip(own, drafts, strict=True)
+        return {group.name: _measured(gm, group, draft, config, moments[group.name], empty) for group, draft in pairs}
+
+    measured = ranks.joined(measure)
+    found, features = zip(*(measured[group.name] for group in groups), strict=True)
     frontier = replace(empty, groups=found)
     if config.distortion == "measured":
         return frontier

@@ -14,6 +14,7 @@ from mpfx.passes.allocate import Allocate
 from mpfx.passes.base import Pass, run_passes
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.pack import FoldPermutations, Pack
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solved_groups
 from mpfx.stats import Moments, Sensitivity
@@ -34,10 +35,12 @@ class Calibration:
 
     Attributes:
         graph_module: traced and analysed.
-        calls: inputs of every call, one dict a batch, on the host.
-        moments: of the dense model's inputs, by name of the input group.
+        calls: inputs of every call, one dict a batch, on the host; those of this process.
+        moments: of the dense model's inputs in all calls, by name of the input group; of several processes, each has
+            those of some groups.
         guided: the same with Hessians weighted by the sensitivity of the loss.
-        sensitivities: of the loss, likewise.
+        sensitivities: of the loss, of all groups, in this process's calls.
+        ranks: the processes that share the calls.
     """
 
     graph_module: fx.GraphModule
@@ -45,6 +48,7 @@ class Calibration:
     moments: dict[str, Moments] = field(default_factory=dict)
     guided: dict[str, Moments] = field(default_factory=dict)
     sensitivities: dict[str, Sensitivity] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def compress_calibrated(
 
     Raises:
         PassError: naming the pass that failed; the model is dense then.
+        RankError: if another process failed; likewise.
     """
     solve = PruneAndQuantize(
         calibration.calls,
@@ -94,20 +99,26 @@ def compress_calibrated(
         device=device,
         context=context,
         on_block=on_block,
+        ranks=calibration.ranks,
     )
     sample = first_samples(calibration.graph_module, calibration.calls[0])
     sample = pytree.tree_map_only(Tensor, lambda t: t.to(device), sample)
     seconds: dict[str, float] = {}
     steps = _steps(calibration, config, solve, keep=way_back is not None)
-    gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, context=context, way_back=way_back)
+    with ExitStack() as undo:
+        with calibration.ranks.together():
+            gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, context=context, way_back=undo)
+        kept = undo.pop_all()
+    if way_back is not None:
+        way_back.callback(kept.close)
     return Compressed(gm, solved_groups(gm), {_STAGES.get(name, name): value for name, value in seconds.items()})
 
 
 def _steps(calibration: Calibration, config: CompressionConfig, solve: Pass, keep: bool) -> Iterator[Pass]:
     moments = calibration.guided if config.power else calibration.moments
-    yield Allocate(config, moments)
+    yield Allocate(config, moments, calibration.ranks)
     if config.scaled:
-        yield FoldScales(moments)
+        yield FoldScales(moments, calibration.ranks)
     if not keep:  # the dense model's Hessians are large, and solving makes its own, block by block
         calibration.moments.clear()
         calibration.guided.clear()

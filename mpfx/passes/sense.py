@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mpfx.graph import InputGroup, traced_module
 from mpfx.passes.observe import Accumulators, Masks, Reading, argument, finalised, observed, token_weights
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.stats import MomentAccumulator, Moments, Sensitivity
 
 _SHARE_OF_MEAN = 0.01
@@ -123,15 +124,21 @@ class Sensing:
                 )
         return real
 
-    def finalise(self) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
+    def finalise(self, ranks: Ranks = ALONE) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
         """Hand over the guided moments and the sensitivities by name of the group; keeps none, as they are large.
 
         The moments' Hessians are ``2/n sum_t c_t x_t x_t^T`` with c the mean squared gradient of the loss as given.
+
+        Args:
+            ranks: that share the batches: all get sensitivities of their own batches, each the moments of its groups.
         """
-        moments = {g.name: m for g, m, _ in finalised(self._moments, self._linear) if m is not None}
-        moments.update(self._finalised_experts())
-        found = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
+        linear = ranks.summed(self._moments, self._linear)
+        moments = {g.name: m for g, m, _ in finalised(self._moments, linear) if m is not None}
+        moments.update(self._finalised_experts(ranks))
+        own = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
+        sums = ranks.gathered(lambda: {name: replace(found, batches=()) for name, found in own.items()})
+        found = {name: sensitivity.among([part[name] for part in sums]) for name, sensitivity in own.items()}
         if idle := [name for name, sensitivity in found.items() if not sensitivity.mean > 0]:
             raise ValueError(
                 f"the loss does not depend on what sites {idle[:8]} put out, so nobody can tell how few bits they can "
@@ -147,19 +154,21 @@ class Sensing:
             # Tokens without a gradient count as tokens, only padding does not.
             self._moments[name].update(call.x, self._weigh(name, call.x, masks, call.squares.clamp(min=_TINY)))
 
-    def _finalised_experts(self) -> dict[str, Moments]:
-        seen = {name: accumulator.tokens for name, accumulator in self._expert_moments.items()}
-        moments = {g.name: m for g, m, _ in finalised(self._expert_moments, self._experts) if m is not None}
+    def _finalised_experts(self, ranks: Ranks) -> dict[str, Moments]:
+        experts = ranks.summed(self._expert_moments, self._experts)
+        seen, gradients = set(self._expert_moments), ranks.gathered(lambda: dict(self._gradients))
+        moments = {g.name: m for g, m, _ in finalised(self._expert_moments, experts) if m is not None}
         means: dict[str, float] = {}
-        for group in self._experts:
+        for group in experts:
             if group.name in moments:
                 site, read = group.sites[0], moments[group.name]
                 squares = float(read.mean_square.double().sum()) * read.tokens
-                means[group.name] = self._gradients[site.path] / max(squares * site.out_features, 1e-300)
+                gradient = sum(part.get(site.path, 0.0) for part in gradients)
+                means[group.name] = gradient / max(squares * site.out_features, 1e-300)
         stacks: dict[Any, list[float]] = defaultdict(list)
-        for group in self._experts:
+        for group in experts:
             stacks[group.sites[0].stack].append(means.get(group.name, 0.0))
-        for group in self._experts:
+        for group in experts:
             if group.name in moments:
                 others = stacks[group.sites[0].stack]
                 mean = max(means[group.name], _SHARE_OF_MEAN * sum(others) / len(others))

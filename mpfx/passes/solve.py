@@ -17,6 +17,7 @@ from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.locate import annotate, annotations, located, naming_sites
 from mpfx.passes.observe import Accumulators, Masks, Reading, finalised, inputs_read, observed, padding_masks
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.report import SiteReport
 from mpfx.solve import factorise, layer_error, refine, sweep
 from mpfx.stats import Moments, Sensitivity
@@ -169,6 +170,7 @@ class PruneAndQuantize(Pass):
         device: where blocks run and groups are solved; None: where the batches are.
         context: entered around every run of a block (precision plugins).
         on_block: called with the name of a block and the share of the work that is done, for progress.
+        ranks: the processes, each with batches of its own; groups that are solved on one run of a block are shared out.
     """
 
     batches: Sequence[Mapping[str, Any]]
@@ -178,6 +180,7 @@ class PruneAndQuantize(Pass):
     device: torch.device | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     on_block: Callable[[str, float], None] = lambda name, share: None
+    ranks: Ranks = ALONE
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are planned and there is something to calibrate on."""
@@ -240,7 +243,7 @@ class PruneAndQuantize(Pass):
         for groups in steps:
             with solved_weights(gm, here.values()):
                 moments, amiss = self._observe(gm, block, groups, streams, None if here else later)
-            here.update(self._solve(gm, block, groups, moments, amiss))
+            here.update(self._shared(gm, block, groups, moments, amiss))
         if not later:
             return here
         for stream, same in zip(streams, alike, strict=True):
@@ -298,6 +301,19 @@ class PruneAndQuantize(Pass):
             assert stream.dense is not None
             stream.dense = self._after(block, stream.dense, later)
         return found
+
+    def _shared(
+        self,
+        gm: fx.GraphModule,
+        block: Block,
+        groups: Sequence[InputGroup],
+        moments: Accumulators,
+        amiss: set[str],
+    ) -> dict[str, SolvedGroup]:
+        """Solve groups in as many processes as there are, on the batches of all, and hand the results to all."""
+        amiss = set().union(*self.ranks.gathered(lambda: amiss))
+        own = self.ranks.summed(moments, groups)
+        return self.ranks.joined(lambda: dict(self._solve(gm, block, own, moments, amiss)))
 
     def _solve(
         self,
