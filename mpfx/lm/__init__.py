@@ -3,7 +3,7 @@
 from mpfx.lm.data import CalibrationData, EvaluationData, TextDataModule
 from mpfx.lm.metrics import Perplexity, TokenLoss, target_log_probs
 from mpfx.lm.module import CausalLM
-from mpfx.lm.sharing import EachOnce
+from mpfx.lm.sharing import EachOnce, leave_out_of_sync
 from mpfx.lm.text import TextSource, parse_source, read_documents
 from mpfx.lm.trainer import evaluate, is_first_process, make_trainer, quiet_lightning
 
@@ -18,6 +18,7 @@ __all__ = [
     "TokenLoss",
     "evaluate",
     "is_first_process",
+    "leave_out_of_sync",
     "make_trainer",
     "parse_source",
     "quiet_lightning",

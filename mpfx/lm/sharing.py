@@ -1,12 +1,31 @@
-"""A data set shared out over processes, every sample once."""
+"""What several processes need: a data set shared out, every sample once, and modules that DDP can keep in step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data.distributed import DistributedSampler
+
+_NOT_CARRIED = (torch.uint16, torch.uint32, torch.uint64, torch.int16)
+"""Types of tensors that neither NCCL nor gloo can send."""
+
+
+def leave_out_of_sync(module: nn.Module) -> None:
+    """Tell DDP not to send what it cannot: stored permutations, which are the same in all processes anyway.
+
+    Strategy ddp copies the first process's buffers to the others whenever a loop starts.
+
+    Args:
+        module: that is handed to a Trainer; it keeps the names under the attribute that DDP reads.
+    """
+    names = [name for name, buffer in module.named_buffers() if buffer.dtype in _NOT_CARRIED]
+    known = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    if added := [name for name in names if name not in known]:
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*known, *added])
 
 
 class EachOnce(DistributedSampler[Any]):

@@ -12,6 +12,8 @@ from lightning.fabric.utilities import rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from mpfx.lm.sharing import leave_out_of_sync
+
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
 _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # windows are slices of one tensor: workers would only slow it down
@@ -93,6 +95,7 @@ def evaluate(trainer: Trainer, module: LightningModule, loader: DataLoader[Any])
     Raises:
         ValueError: If nothing was scored: the loader has no batches or the module logs other names.
     """
+    leave_out_of_sync(module)
     with quiet_lightning():
         results = trainer.validate(module, dataloaders=loader, verbose=False)
     metrics = results[0] if results else {}

@@ -30,7 +30,7 @@ class Regression(pl.LightningModule):
 
     def validation_step(self, batch: list[Tensor], index: int) -> Tensor:
         loss: Tensor = self.net(batch[0]).square().mean()
-        self.log("loss", loss)
+        self.log("loss", loss, sync_dist=True)
         return loss
 
 
@@ -52,7 +52,8 @@ def compressed(devices: int, module: pl.LightningModule, loader: DataLoader[Any]
     callback = ModelCompression(CompressionConfig(**fields), module=name, progress=False)
     with quiet_lightning():
         trainer_for(devices, callback).validate(module, loader, verbose=False)
-    return described(callback.solved)
+        after = trainer_for(devices).validate(module, loader, verbose=False)
+    return {**described(callback.solved), "after": after[0]}
 
 
 def described(solved: tuple[SolvedGroup, ...]) -> dict[str, Any]:

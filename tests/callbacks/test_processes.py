@@ -54,6 +54,7 @@ def test_two_processes_compress_as_one_does(both: list[Any], case: str) -> None:
     assert equal(first, second)
     for key in ("bits", "pruned", "fallbacks"):
         assert equal(first[key], one[key])
+    assert first["after"] == pytest.approx(one["after"], rel=1e-3)
     for path, weight in one["weights"].items():
         assert float((first["weights"][path] - weight).norm() / weight.norm()) < 0.02
         assert first["errors"][path] == pytest.approx(one["errors"][path], rel=0.01)
