@@ -15,7 +15,7 @@ from mpfx.bench.device import current, device_of, dtype_of, environment, last_le
 from mpfx.bench.models import config_of, random_model
 from mpfx.bench.plain import plain_block, solve_plain
 from mpfx.bench.report import place
-from mpfx.bench.stages import HESSIAN, SOLVE, Meter, Stage
+from mpfx.bench.stages import HESSIAN, SHARE, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
 from mpfx.graph import bind_inputs, blocks, linear_weight, run_block, traced_module
@@ -352,7 +352,7 @@ def _compressed(
         evaluate(trainer, CausalLM(model), loader)
     inner = {name.removeprefix("observe/"): stage for name, stage in meter.stages.items() if "/" in name}
     order = ["trace", "observe", "sense", "allocate", "scale", SOLVE, "pack", "fold"]
-    observed = {f"observe/{HESSIAN}": inner.pop(HESSIAN)} if HESSIAN in inner else {}
+    observed = {f"observe/{part}": inner.pop(part) for part in (HESSIAN, SHARE) if part in inner}
     found = {**inner, **observed, "observe": Stage(callback.seconds["observe"], meter.stages["observe"].peak)}
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0].partition("/")[0]), "/" in item[0])))
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from mpfx.callbacks import calibration
-from mpfx.passes import Allocate, FoldPermutations, FoldScales, Pack, PruneAndQuantize, Sensing, solve
+from mpfx.passes import Allocate, FoldPermutations, FoldScales, Pack, PruneAndQuantize, Ranks, Sensing, solve
 from mpfx.report import peak_memory_bytes, reset_peak_memory
 from mpfx.stats import MomentAccumulator
 
 SOLVE = "solve"
 HESSIAN = "Hessian"
+SHARE = "share"
 
 _STAGES: tuple[tuple[Any, str, str], ...] = (
     (calibration, "located_graph", "trace"),
@@ -36,6 +37,8 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (solve, "refine", "refine"),
     (solve, "pack", "encode"),
     (solve, "layer_error", "error"),
+    (Ranks, "_exchanged", SHARE),
+    (Ranks, "_reduced", SHARE),
 )
 """Likewise of parts of stages."""
 

@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader
 
 from mpfx.lm.sharing import leave_out_of_sync
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
+)
 _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # windows are slices of one tensor: workers would only slow it down
     "GPU available but not used.*",  # the accelerator was chosen

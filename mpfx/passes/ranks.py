@@ -98,11 +98,11 @@ class Ranks:
         def exchange(mine: T) -> list[T]:
             nonlocal done
             done = True
-            return self._exchanged(mine)
+            return [mine] if self.size == 1 else self._exchanged(mine)
 
         try:
             yield exchange
-            if not done:
+            if not done and self.size > 1:
                 self._exchanged(None)
         except Exception as error:
             if self.size > 1 and not was_told(error):
@@ -136,11 +136,14 @@ class Ranks:
                 continue
             if sums is None:
                 sums = MomentAccumulator(group.sites[0].in_features, self.device)
-            owner, (tokens, drifting) = owners[group.name], zip(*known, strict=True)
-            sums.add_up(partial(dist.reduce, dst=owner), sum(tokens), drifting=any(drifting))
-            if owner == self.rank:
+            self._reduced(sums, owners[group.name], known)
+            if owners[group.name] == self.rank:
                 accumulators[group.name] = sums
         return [group for group in groups if owners[group.name] == self.rank]
+
+    def _reduced(self, sums: MomentAccumulator, owner: int, known: Sequence[tuple[int, bool]]) -> None:
+        tokens, drifting = zip(*known, strict=True)
+        sums.add_up(partial(dist.reduce, dst=owner), sum(tokens), drifting=any(drifting))
 
     def _owners(self, groups: Sequence[InputGroup]) -> dict[str, int]:
         members: dict[Any, list[InputGroup]] = defaultdict(list)
@@ -151,8 +154,6 @@ class Ranks:
 
     def _exchanged(self, mine: T, failure: str | None = None) -> list[T]:
         """What every process hands in. A process that failed takes part too, or the others would wait for ever."""
-        if self.size == 1:
-            return [mine]
         data, tensors = _written(mine, self.device)
         sizes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         messages: list[Any] = [None] * self.size

@@ -83,6 +83,16 @@ def experts(devices: int) -> Any:
     return compressed(devices, CausalLM(model), loader, "model", bits_per_weight=5)
 
 
+def known_calls(devices: int) -> Any:
+    """Where nothing has to be observed no loop runs; the processes are there from an earlier one."""
+    config = CompressionConfig(code_bits=4, allocation="fixed", fold_scales=False)
+    callback = ModelCompression(config, module="model", progress=False)
+    calls = ({**batch, "use_cache": False} for batch in windows(token_batches(5)))
+    with quiet_lightning():
+        callback.take_calls(trainer_for(devices), CausalLM(build_llama(num_hidden_layers=2)), calls)
+    return {**described(callback.solved), "after": {}}
+
+
 def perplexity(devices: int) -> Any:
     with quiet_lightning():
         found = evaluate(trainer_for(devices), CausalLM(build_llama(num_hidden_layers=2)), windows(token_batches(5)))
@@ -95,6 +105,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "tiers": lambda devices: language_model(devices, bits_per_weight=4, allocation="budget", sparsity=0.5),
     "own": own_module,
     "experts": experts,
+    "known calls": known_calls,
     "perplexity": perplexity,
 }
 """What any number of processes does alike."""
