@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
@@ -400,11 +401,16 @@ def check_alike(firsts: Sequence[FirstCall]) -> None:
 
 
 def check_shares(trainer: pl.Trainer) -> None:
-    """Refuse processes that do not hold the whole model each, and samplers that give them samples twice.
+    """Refuse processes whose model nobody sees or that hold parts of it only, and samplers that give samples twice.
 
     Raises:
         ValueError: with what to do.
     """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "Expected a strategy whose processes go on after the loop but got one that spawns or forks them, and the "
+            "compressed model would go with them: use `strategy='ddp'`, in a script, or `devices=1` with strategy auto."
+        )
     if trainer.world_size == 1:
         return
     if not isinstance(trainer.strategy, DDPStrategy):
@@ -412,8 +418,9 @@ def check_shares(trainer: pl.Trainer) -> None:
             f"Expected strategy ddp, where every process has the whole model, but got {type(trainer.strategy).__name__}"
             f" with {trainer.world_size} processes: use `strategy='ddp'` or `devices=1`."
         )
-    for loader in pytree.tree_leaves(trainer.val_dataloaders):
-        sampler = getattr(loader, "sampler", None)
+    loaders = pytree.tree_leaves(trainer.val_dataloaders)
+    for holder in (*loaders, *(getattr(loader, "batch_sampler", None) for loader in loaders)):
+        sampler = getattr(holder, "sampler", None)
         if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
             samples = len(sampler.dataset)  # type: ignore[arg-type]
             if repeated := sampler.total_size - samples:

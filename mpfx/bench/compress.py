@@ -275,8 +275,15 @@ def bench(
         floors={name: seconds for name, seconds in floors.items() if name in stages},
         plain=plain,
         environment=environment(device, dtype),
-        notes=() if reset_peak_memory(device) else ("peaks are those of the process so far",),
+        notes=tuple(_notes(config, device)),
     )
+
+
+def _notes(config: CompressConfig, device: torch.device) -> Iterator[str]:
+    if not reset_peak_memory(device):
+        yield "peaks are those of the process so far"
+    if config.devices > 1:
+        yield "seconds and peaks are those of the first process, with its waits for the others"
 
 
 def _sizes(config: CompressConfig) -> Any:

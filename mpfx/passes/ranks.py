@@ -168,14 +168,12 @@ class Ranks:
         return [self._received(mine, tensors, rank, *message[1:]) for rank, message in enumerate(messages)]
 
     def _received(self, mine: T, tensors: Sequence[Tensor], rank: int, data: bytes, sizes: Sequence[Any]) -> T:
-        if rank == self.rank:
-            for tensor in tensors:
-                dist.broadcast(_bytes(tensor), rank)
-            return mine
-        arrived = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in sizes]
-        for tensor in arrived:
-            dist.broadcast(_bytes(tensor), rank)
-        found: T = _Reader(data, arrived).load()
+        own = rank == self.rank
+        sent = tensors if own else [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in sizes]
+        for tensor in sent:
+            if tensor.numel():
+                dist.broadcast(tensor.view(-1).view(torch.uint8), rank)  # bytes: no backend knows every dtype
+        found: T = mine if own else _Reader(data, sent).load()
         return found
 
 
@@ -213,11 +211,6 @@ def _cost(group: InputGroup) -> float:
     """Operations of a factor and of a sweep."""
     channels = group.sites[0].in_features
     return float(channels) ** 2 * (2 / 3 * channels + sum(site.out_features for site in group.sites))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A view of a contiguous tensor that every backend can carry, whatever its dtype."""
-    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 
 def _written(item: Any, device: torch.device) -> tuple[bytes, list[Tensor]]:
