@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from mpfx.allocate import Domain, relative_gap
 from mpfx.callbacks import ModelCalibration
@@ -20,7 +21,7 @@ from mpfx.callbacks.calibration import runner_of
 from mpfx.config import RunConfig, TrainerConfig
 from mpfx.graph import trace
 from mpfx.hub.source import Source, load_model
-from mpfx.lm import CausalLM, EvaluationData, TextDataModule, make_trainer
+from mpfx.lm import CausalLM, EvaluationData, TextDataModule, is_first_process, make_trainer
 from mpfx.lm import evaluate as validate
 from mpfx.lm.module import model_inputs
 from mpfx.lm.text import parse_source
@@ -28,6 +29,7 @@ from mpfx.passes import (
     ALLOCATIONS,
     Calibration,
     CompressionConfig,
+    Ranks,
     SolvedGroup,
     analysis,
     check_feasible,
@@ -91,7 +93,10 @@ class Session:
             lengths = {"calibration": config.calibration.length, "evaluation": config.evaluation.length}
             check_length(self.source, **lengths)
             self.data.setup("validate")
+            check_shares(config.trainer, calibration=self.data.calibration_dataloader())
             self._texts = {config.evaluation.data: self.data, **dict(self._further(also))}
+        for text in self._texts.values():
+            check_shares(config.trainer, evaluation=text.val_dataloader())
         self.module = CausalLM(self.source.model)
         self._calibration: Calibration | None = None
 
@@ -107,6 +112,11 @@ class Session:
             data = TextDataModule(self.source.tokenizer, evaluation=text)
             data.setup("validate")
             yield text.data, data
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes, once something was measured."""
+        return Ranks.of(self.trainer.world_size, self.trainer.strategy.root_device)
 
     def problems(self, configs: Sequence[CompressionConfig]) -> list[str | None]:
         """Tell, before any work, why each of these configs cannot be done; None where nothing speaks against it.
@@ -209,7 +219,17 @@ class Session:
 
 def trainer_of(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Trainer:
     """A Trainer for validation loops."""
-    return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress)
+    return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress, config.nodes)
+
+
+def check_shares(config: TrainerConfig, **loaders: DataLoader[Any]) -> None:
+    """Refuse fewer batches than processes, before any process is started: each needs one at least."""
+    for name, loader in loaders.items():
+        if len(loader) < config.processes:
+            raise ValueError(
+                f"Expected at least one batch for each of {config.processes} devices but {name} has {len(loader)}: "
+                f"lower `{name}.batch_size` or raise `{name}.samples`, or use fewer `trainer.devices`."
+            )
 
 
 def check_output(folder: Path, earlier: Callable[[Path], bool]) -> None:
@@ -253,8 +273,8 @@ def measured(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def status(text: str, shown: bool) -> AbstractContextManager[Any]:
-    """Show a spinner while something runs that has no progress of its own."""
-    return Console(stderr=True).status(text) if shown else nullcontext()
+    """Show a spinner, in the first process, while something runs that has no progress of its own."""
+    return Console(stderr=True).status(text) if shown and is_first_process() else nullcontext()
 
 
 def sizes(solved: Sequence[SolvedGroup]) -> dict[str, Any]:

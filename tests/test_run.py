@@ -175,6 +175,29 @@ def numels(output: Path) -> list[int]:
     return [m.in_features * m.out_features for m in modules]
 
 
+def test_two_devices_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
+    """Lightning starts the command once more; the first process alone prints and writes."""
+    one, two = (arguments(folder, tmp_path / name, *_OPTIMAL, "4") for name in ("one", "two"))
+    assert main(one) == 0
+    command = [sys.executable, "-W", "ignore", "-m", "mpfx.cli", *two, "--trainer.devices", "2"]
+    clean = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gap to the best allocation") == 1
+    names = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert load_plan(tmp_path / "two" / "plan.json") == load_plan(tmp_path / "one" / "plan.json")
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    for text in ("dense", "compressed"):
+        assert reports[1]["perplexity"][text] == pytest.approx(reports[0]["perplexity"][text], rel=1e-3)
+
+
+def test_searches_run_on_one_device(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    more = ["--trainer.devices", "2", "--vary", "code_bits", "3", "4"]
+    assert main(["sweep", *arguments(folder, tmp_path / "out", *more)[1:]]) == 2
+    assert "one device for many runs" in capfd.readouterr().err.replace("\n", " ")
+
+
 _ROWS = ("--grid.scale_bits", "16", "--grid.group_size", "null")  # scales of whole rows
 
 
@@ -208,7 +231,8 @@ def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ..
         (["--bits_per_weight", "4"], "exactly one of `bits_per_weight`"),
         (["--sparsity", "1.5"], "`sparsity` to be a fraction"),
         (["--importance.weight", "-1"], "importance.weight"),
-        (["--trainer.devices", "2"], "`trainer.devices` to be 1"),
+        (["--trainer.devices", "0"], "`trainer.devices` of 1 or more"),
+        (["--trainer.devices", "3"], "at least one batch for each of 3 devices but calibration has 2"),
         (["--calibration.samples", "0"], "calibration.samples"),
         (["--calibration.samples", "100000"], "calibration.data"),
         (["--calibration.data", "nothing.txt"], "nothing.txt"),

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ from mpfx.bench.device import current, device_of, dtype_of, environment, last_le
 from mpfx.bench.models import config_of, random_model
 from mpfx.bench.plain import plain_block, solve_plain
 from mpfx.bench.report import place
-from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SOLVE, Meter, Stage
+from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SHARE, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
 from mpfx.graph import bind_inputs, blocks, last_readers, linear_weight, run_block, traced_module
-from mpfx.lm import CausalLM, evaluate, make_trainer
+from mpfx.lm import CausalLM, EachOnce, evaluate, is_first_process, make_trainer, start_processes
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
 from mpfx.report import reset_peak_memory
@@ -55,6 +56,7 @@ class CompressConfig:
         plain: whether the plain loop runs too, on one block: 4-bit codes in groups of 128, the same sparsity.
         parts: whether the parts of stages are measured too. The device is waited for at the bounds of each, which takes
             time: without them stages are as fast as they are.
+        devices: how many share calibration and solving: of the kind of `device`, numbered from 0.
         device: cpu, cuda or cuda:<number>; None: a CUDA device if there is one.
         dtype: of the model; None: bfloat16 on a CUDA device, float32 on the CPU.
 
@@ -74,15 +76,23 @@ class CompressConfig:
     streaming: bool = False
     plain: bool = True
     parts: bool = True
+    devices: int = 1
     device: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch"):
+        for name in ("samples", "batch", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` of 1 or more but got {getattr(self, name)}.")
         if self.length < 3:
             raise ValueError(f"Expected `length` of 3 or more but got {self.length}.")
+        if self.devices > 1 and ":" in (self.device or ""):
+            raise ValueError(f"Expected `device` without a number with {self.devices} devices but got {self.device!r}.")
+        if -(-self.samples // self.batch) < self.devices:
+            raise ValueError(
+                f"Expected at least one batch for each of {self.devices} devices but {self.samples} samples make fewer "
+                f"of {self.batch}: lower `batch` or raise `samples`."
+            )
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
         if self.streaming and self.guided:
@@ -147,7 +157,7 @@ class CompressReport:
         blocks: repeated ones.
         rates: of the device.
         stages: by name, in the order of the run; parts as ``solve/sweep``.
-        floors: seconds that stages take at least, by name.
+        floors: seconds that stages take at least, by name, shared out evenly over all devices.
         plain: seconds of the plain loop for one block; None: not measured.
         environment: of the run.
         notes: what has to be known of the figures.
@@ -177,12 +187,13 @@ class CompressReport:
         """What was measured where."""
         c, r = self.config, self.rates
         pruned = f", {c.sparsity:.0%} pruned" if c.sparsity else ""
+        where = f"{c.devices} x {place(self.environment)}" if c.devices > 1 else place(self.environment)
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
         kind += f", correction {c.compression.corrected:g}" if c.compression.corrected else ", no correction"
         kind += ", blocks streamed from the host" if c.streaming else ""
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "
-            f"{c.length} tokens; {kind}; {place(self.environment)}; matrix products {r.half / 1e12:.3g} TFLOP/s "
+            f"{c.length} tokens; {kind}; {where}; matrix products {r.half / 1e12:.3g} TFLOP/s "
             f"(float32 {r.single / 1e12:.3g}), a copy {r.copy / 1e9:.3g} GB/s."
         )
 
@@ -240,6 +251,8 @@ def bench(
         ValueError: for a model that is not there, has too few positions, or cannot have such a size.
     """
     device = device_of(config.device)
+    if config.devices > 1 and device.type == "cuda":
+        device = device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")  # Lightning starts this program once for each
     dtype = dtype_of(config.dtype, device)
     clock = stopwatch(device) if clock is None else clock
     sizes = _sizes(config)
@@ -256,7 +269,7 @@ def bench(
         groups = [(g.sites[0].in_features, sum(s.out_features for s in g.sites)) for g in located(gm)]
         repeated = sum(block.repeated for block in blocks(gm))
         plain = None
-        if config.plain:
+        if config.plain and is_first_process():
             on_stage(f"{PLAIN}: one block")
             plain = _plain(gm, model, batches, config, device)
         del gm
@@ -267,7 +280,7 @@ def bench(
             torch.cuda.empty_cache()
         on_stage("mpfx: all blocks")
         stages = _compressed(model, batches, config, device)
-    floors = {name: work.seconds(rates) for name, work in _floors(groups, config)}
+    floors = {name: work.seconds(rates) / config.devices for name, work in _floors(groups, config)}
     return CompressReport(
         config=config,
         weights=sum(channels * rows for channels, rows in groups),
@@ -277,8 +290,15 @@ def bench(
         floors={name: seconds for name, seconds in floors.items() if name in stages},
         plain=plain,
         environment=environment(device, dtype),
-        notes=() if reset_peak_memory(device) else ("peaks are those of the process so far",),
+        notes=tuple(_notes(config, device)),
     )
+
+
+def _notes(config: CompressConfig, device: torch.device) -> Iterator[str]:
+    if not reset_peak_memory(device):
+        yield "peaks are those of the process so far"
+    if config.devices > 1:
+        yield "seconds and peaks are those of the first process, with its waits for the others"
 
 
 def _sizes(config: CompressConfig) -> Any:
@@ -346,15 +366,19 @@ def _compressed(
     """Compress as any user does, with the callback; the stages, in the order of the run."""
     meter = Meter(device)
     callback = ModelCompression(config.compression, module="model", progress=False)
-    where: Any = [device.index or 0] if device.type == "cuda" else 1
-    trainer = make_trainer("gpu" if device.type == "cuda" else "cpu", where, callbacks=[callback], progress=False)
-    loader: DataLoader[Any] = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    where: Any = [device.index or 0] if device.type == "cuda" and config.devices == 1 else config.devices
+    trainer = make_trainer(kind, where, callbacks=[callback], progress=False)
+    start_processes(make_trainer(kind, where, progress=False))
+    data: Any = list(batches)
+    own = EachOnce(data)
+    loader: DataLoader[Any] = DataLoader(data, batch_size=None, sampler=own)
     module = CausalLM(model)
     with meter.watching(config.parts), meter.stage(_RUN):
         if config.guided:
             evaluate(trainer, module, loader)
         else:
-            callback.take_calls(trainer, module, (_inputs(model, batch) for batch in batches))
+            callback.take_calls(trainer, module, (_inputs(model, data[index]) for index in own))
     return _in_order(meter.stages, callback.seconds["observe"])
 
 
@@ -372,6 +396,9 @@ def _in_order(measured: Mapping[str, Stage], observing: float) -> dict[str, Stag
     if nested in inner:
         spent, observed = found[ALLOCATE], inner[nested]
         found[ALLOCATE] = Stage(spent.seconds - observed.seconds, spent.peak)
+    if SHARE in found:  # before there is something to observe
+        early, late = found.pop(SHARE), found.pop(f"{OBSERVE}/{SHARE}", Stage())
+        found[f"{OBSERVE}/{SHARE}"] = Stage(early.seconds + late.seconds, max(early.peak, late.peak))
     found[OBSERVE] = Stage(observing, found.get(OBSERVE, measured[_RUN]).peak)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0].partition("/")[0]), "/" in item[0])))
 

@@ -17,6 +17,7 @@ from mpfx.passes import (
     FoldScales,
     Pack,
     PruneAndQuantize,
+    Ranks,
     Sensing,
     frontier,
     pipeline,
@@ -27,6 +28,7 @@ from mpfx.stats import MomentAccumulator
 
 OBSERVE, ALLOCATE, SOLVE = "observe", "allocate", "solve"
 HESSIAN = "Hessian"
+SHARE = "share"
 
 _STAGES: tuple[tuple[Any, str, str], ...] = (
     (calibration, "located_graph", "trace"),
@@ -49,6 +51,8 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (solve, "refine", "refine"),
     (solve, "pack", "encode"),
     (solve, "layer_error", "error"),
+    (Ranks, "_exchanged", SHARE),
+    (Ranks, "_reduced", SHARE),
 )
 """Likewise of parts of stages."""
 

@@ -8,6 +8,7 @@ from mpfx.passes.observe import Reading, Sensed, dense_moments, finalised, obser
 from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.pipeline import Calibration, Compressed, compress_calibrated
 from mpfx.passes.preflight import located_graph
+from mpfx.passes.ranks import ALONE, RankError, Ranks, was_told
 from mpfx.passes.running import Runner, most_bytes, stays_on_host
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.scope import Scope
@@ -16,6 +17,7 @@ from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solve_
 
 __all__ = [
     "ALLOCATIONS",
+    "ALONE",
     "Allocate",
     "Calibration",
     "Compressed",
@@ -30,6 +32,8 @@ __all__ = [
     "PassError",
     "PassResult",
     "PruneAndQuantize",
+    "RankError",
+    "Ranks",
     "Reading",
     "Runner",
     "Scope",
@@ -51,4 +55,5 @@ __all__ = [
     "solve_group",
     "solved_groups",
     "stays_on_host",
+    "was_told",
 ]

@@ -19,6 +19,7 @@ from mpfx.graph import (
     watch_experts,
 )
 from mpfx.passes.locate import located, naming_sites
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.stats import MomentAccumulator, Moments, Sensitivity, pooled, topped_up
 
@@ -247,6 +248,7 @@ def dense_moments(
     batches: Sequence[Mapping[str, Any]],
     runner: Runner = _HERE,
     sensed: Sensed | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[str, Moments]]:
     """Observe what every located input group reads in the model as it is, block after block.
 
@@ -259,9 +261,11 @@ def dense_moments(
         runner: how blocks run.
         sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
             x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
+        ranks: the processes, each with batches of its own; all have to iterate to the end.
 
     Yields:
-        Name and statistics of the groups that were called, while their block lies on the device.
+        Name and statistics of the groups that were called, while their block lies on the device. Of several processes,
+        each gets those of some groups of every block, in the batches of all.
     """
     groups, parts = groups_of_blocks(gm), blocks(gm)
     parts = parts[: max(index for index, found in enumerate(groups) if found) + 1]
@@ -276,8 +280,9 @@ def dense_moments(
                     weights = {} if sensed is None else sensed.weights(here, index)
                     reading[0] = Reading(masks[index], weights)
                     streams[index] = runner.kept(runner.run(block, values, readers))
+            own = ranks.summed(seen, here)
             tokens = {name: accumulator.tokens for name, accumulator in seen.items()}
-            found = ((group, moments) for group, moments, _ in finalised(seen, here) if moments is not None)
+            found = ((group, moments) for group, moments, _ in finalised(seen, own) if moments is not None)
             yield from ((g.name, m) for g, m in (found if sensed is None else sensed.applied(found, tokens)))
 
 

@@ -4,7 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mpfx.graph import InputGroup, traced_module
 from mpfx.passes.observe import Sensed, argument
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.stats import Sensitivity
 
 
@@ -78,21 +79,28 @@ class Sensing:
                 )
             self._batches[name].append([call.squares.cpu() for call in found])
 
-    def finalise(self) -> Sensed:
+    def finalise(self, ranks: Ranks = ALONE) -> Sensed:
         """Hand over what was gathered; keeps none.
+
+        Args:
+            ranks: that share the batches: each gets the sensitivities of its own ones, as part of all.
 
         Raises:
             ValueError: if the loss does not depend on what some sites put out.
         """
-        found = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
+        own = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
+        parts = ranks.gathered(lambda: ({name: replace(o, batches=()) for name, o in own.items()}, self._gradients))
+        found = {name: sensitivity.among([sums[name] for sums, _ in parts]) for name, sensitivity in own.items()}
+        paths = dict.fromkeys(path for _, part in parts for path in part)
+        gradients = {path: sum(part.get(path, 0.0) for _, part in parts) for path in paths}
         if idle := [name for name, sensitivity in found.items() if not sensitivity.mean > 0]:
             raise ValueError(
                 f"the loss does not depend on what sites {idle[:8]} put out, so nobody can tell how few bits they can "
                 "do with: leave them dense (`scope.exclude`), hand over a loss that depends on them, or set "
                 "`guidance: 0`."
             )
-        return Sensed(found, dict(self._gradients))
+        return Sensed(found, gradients)
 
     @contextmanager
     def listening(self, calls: dict[str, list[_Call]]) -> Iterator[None]:

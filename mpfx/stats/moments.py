@@ -1,7 +1,8 @@
 """Statistics of what a layer reads, accumulated batch by batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -142,6 +143,25 @@ class MomentAccumulator:
             self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
             self._drift.add_(other._drift.to(self._drift.device))
         self.tokens += other.tokens
+
+    @property
+    def drifting(self) -> bool:
+        """Whether what another model reads was seen too."""
+        return self._drift is not None
+
+    def add_up(self, add: Callable[[Tensor], Any], tokens: int, drifting: bool) -> None:
+        """Let the sums of all processes take the place of this one's.
+
+        Args:
+            add: called with one tensor after the other; adds up, in place, what all processes have of it.
+            tokens: that all of them saw.
+            drifting: whether any of them saw what another model reads.
+        """
+        if drifting and self._drift is None:
+            self._drift = torch.zeros_like(self._outer)
+        for tensor in (*self._sums(), *(() if self._drift is None else (self._drift,))):
+            add(tensor)
+        self.tokens = tokens
 
     def _sums(self) -> tuple[Tensor, ...]:
         return self._outer, self._absolute, self._sum, self._square

@@ -166,6 +166,9 @@ def test_the_command(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     ("wrong", "message"),
     [
         ({"samples": 0}, "`samples` of 1 or more but got 0"),
+        ({"devices": 0}, "`devices` of 1 or more but got 0"),
+        ({"devices": 3}, "at least one batch for each of 3 devices"),
+        ({"devices": 2, "device": "cuda:1"}, "`device` without a number with 2 devices"),
         ({"length": 2}, "`length` of 3 or more"),
         ({"layers": 1}, "`layers` of 2 or more"),
         ({"bits": 0.01}, "bits_per_weight"),
