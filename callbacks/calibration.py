@@ -29,6 +29,7 @@ from mpfx.passes import (
     most_bytes,
     padding_masks,
     run_passes,
+    sense_by_blocks,
 )
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
@@ -140,28 +141,53 @@ class ModelCalibration(Callback):
             return
         self._begin(trainer, pl_module)
 
-    def take_calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calls: Iterable[dict[str, Any]]) -> None:
-        """Take the place of a validation loop where no loss is needed: the module runs on no call as a whole.
+    def take_calls(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        calls: Iterable[dict[str, Any]],
+        loss: Callable[[Any, int], Tensor] | None = None,
+    ) -> None:
+        """Take the place of a validation loop: the module runs block by block, never as a whole.
 
         Args:
             trainer: whose precision and device are computed in; it does not run.
             pl_module: on the device to compute on; or on the host, then its blocks move to the device one at a time.
             calls: keyword arguments of every call of the target module, where the module is.
+            loss: from what the target module returned (as its graph returns it) and the number of the call to a scalar
+                that can be differentiated, as :data:`Loss`; needed with guidance.
 
         Raises:
-            ValueError: if a loss is needed.
+            ValueError: if a loss is needed and not given, or cannot be differentiated.
         """
-        if self.guided:
-            raise ValueError("Expected a config with `guidance: 0`: run `trainer.validate` with this callback.")
+        if self.guided and loss is None:
+            raise ValueError(
+                "Expected a `loss` with guidance, or a config with `guidance: 0`, or run `trainer.validate` with this "
+                "callback."
+            )
         recorder = self._begin(trainer, pl_module)
         try:
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
                 for call in calls:
                     recorder.record((), call)
+            if self.guided and loss is not None and recorder.graph_module is not None:
+                self._sense(recorder.graph_module, recorder.calls, loss)
         except BaseException:
             self._drop()
             raise
         self._end(trainer, pl_module, recorder)
+
+    def _sense(self, gm: fx.GraphModule, calls: list[dict[str, Any]], loss: Callable[[Any, int], Tensor]) -> None:
+        assert self._sensing is not None
+        started = time.perf_counter()
+
+        def scaled(output: Any, index: int) -> Tensor:
+            value = loss(output, index)
+            return value * (averaged_over(calls[index]) / averaged_over(calls[0]) * _LOSS_SCALE)
+
+        with torch.inference_mode(False):
+            sense_by_blocks(self._sensing, gm, calls, scaled, self._runner)
+        self.seconds["sense"] = time.perf_counter() - started
 
     @property
     def guided(self) -> bool:

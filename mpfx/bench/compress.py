@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.data import DataLoader
 
 from mpfx.bench.device import current, device_of, dtype_of, environment, last_level_cache
 from mpfx.bench.models import config_of, random_model
@@ -18,7 +17,7 @@ from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
 from mpfx.graph import bind_inputs, blocks, last_readers, linear_weight, run_block, traced_module
-from mpfx.lm import CausalLM, evaluate, make_trainer
+from mpfx.lm import CausalLM, losses_of, make_trainer
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
 from mpfx.report import reset_peak_memory
@@ -85,8 +84,6 @@ class CompressConfig:
             raise ValueError(f"Expected `length` of 3 or more but got {self.length}.")
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
-        if self.streaming and self.guided:
-            raise ValueError("Expected `streaming` without `guided`, whose loop runs the whole model on the device.")
 
     @property
     def compression(self) -> CompressionConfig:
@@ -348,13 +345,9 @@ def _compressed(
     callback = ModelCompression(config.compression, module="model", progress=False)
     where: Any = [device.index or 0] if device.type == "cuda" else 1
     trainer = make_trainer("gpu" if device.type == "cuda" else "cpu", where, callbacks=[callback], progress=False)
-    loader: DataLoader[Any] = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
     module = CausalLM(model)
     with meter.watching(config.parts), meter.stage(_RUN):
-        if config.guided:
-            evaluate(trainer, module, loader)
-        else:
-            callback.take_calls(trainer, module, (_inputs(model, batch) for batch in batches))
+        callback.take_calls(trainer, module, (_inputs(model, batch) for batch in batches), losses_of(batches))
     return _in_order(meter.stages, callback.seconds["observe"])
 
 
@@ -412,7 +405,7 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     written = Work(nbytes=weights * config.bits / 8)
     yield OBSERVE, forward + hessian
     yield f"{OBSERVE}/{HESSIAN}", hessian
-    yield "sense", forward + forward
+    yield "sense", forward + forward + forward  # there, and there and back once more
     yield "allocate", factor + read
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
     yield f"{SOLVE}/{HESSIAN}", hessian

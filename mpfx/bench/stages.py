@@ -17,7 +17,6 @@ from mpfx.passes import (
     FoldScales,
     Pack,
     PruneAndQuantize,
-    Sensing,
     frontier,
     pipeline,
     solve,
@@ -30,7 +29,7 @@ HESSIAN = "Hessian"
 
 _STAGES: tuple[tuple[Any, str, str], ...] = (
     (calibration, "located_graph", "trace"),
-    (Sensing, "batch", "sense"),
+    (calibration, "sense_by_blocks", "sense"),
     (pipeline, "dense_moments", OBSERVE),
     (Allocate, "__call__", ALLOCATE),
     (FoldScales, "__call__", "scale"),

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mpfx.graph import (
     expert_modules,
     inputs_behind,
     last_readers,
+    linear_weight,
     traced_module,
     watch_experts,
 )
@@ -209,6 +211,26 @@ def inputs_read(gm: fx.GraphModule, groups: Sequence[InputGroup], add: Callable[
             facts = expert_modules(gm)[path]
             hooks.enter_context(watch_experts(model.get_submodule(path), facts, _sink(path, wanted, add)))
         yield
+
+
+@contextmanager
+def outputs_left_away(gm: fx.GraphModule, paths: Iterable[str]) -> Iterator[None]:
+    """Inside, some linear layers return zeros: what they read is observed, and nobody needs what they make."""
+    model = traced_module(gm)
+    modules = [model.get_submodule(path) for path in paths]
+    idle = [module for module in modules if "forward" not in vars(module) and not module._forward_hooks]
+    try:
+        for module in idle:
+            rows = linear_weight(module).shape[0]
+            module.forward = partial(_zeros, rows)
+        yield
+    finally:
+        for module in idle:
+            del module.forward
+
+
+def _zeros(rows: int, x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], rows)
 
 
 def _mask_name(inputs: frozenset[str]) -> str:

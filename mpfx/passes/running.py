@@ -1,6 +1,6 @@
 """Runs the blocks of a graph one after the other on many batches; blocks and values move to where there is room."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,15 +62,27 @@ class Runner:
         """Whether so much is allocated on the device that what can wait has to do so on the host."""
         return self.most_bytes is not None and allocated_bytes(self.device) >= self.most_bytes
 
+    def fetches(self, parts: Sequence[Block]) -> bool:
+        """Whether blocks lie elsewhere than where they run."""
+        return any(is_away(slot.home, self.device) for block in parts for slot in _slots(block))
+
     @torch.no_grad()
     def whole(self, gm: fx.GraphModule, values: Mapping[str, Any]) -> Any:
         """Run the whole graph on one batch, block by block."""
+        (result,) = self.outputs(gm, [values])
+        return result
+
+    def outputs(self, gm: fx.GraphModule, batches: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+        """Run the whole graph, each block on all batches before the next one; yields a result for every batch."""
         parts = blocks(gm)
-        readers, now = last_readers(parts), self.fetched(values)
+        readers, streams = last_readers(parts), [self.kept(self.fetched(batch)) for batch in batches]
         with self.placed(parts) as placed:
             for block in placed:
-                now = self.run(block, now, readers)
-        return now[OUTPUT]
+                for index, values in enumerate(streams):
+                    if block.is_last:
+                        yield self.run(block, values, readers)[OUTPUT]
+                    else:
+                        streams[index] = self.kept(self.run(block, values, readers))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device, non_blocking=tensor.is_pinned())

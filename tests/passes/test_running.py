@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from mpfx.graph import bind_inputs, blocks, run_on, trace
+from mpfx.graph import bind_inputs, blocks, dead_ends, last_readers, run_block, run_on, trace
 from mpfx.passes import (
     Allocate,
     CompressionConfig,
@@ -20,9 +20,12 @@ from mpfx.passes import (
     SolveConfig,
     analysis,
     dense_moments,
+    located,
+    observed,
     run_passes,
     running,
 )
+from mpfx.passes.observe import outputs_left_away
 
 Batches = list[dict[str, Tensor]]
 CPU = torch.device("cpu")
@@ -124,6 +127,24 @@ def test_values_wait_on_the_host_where_the_device_is_crowded(
         waiting = dict(dense_moments(gm, [values], Runner(CPU, most_bytes=10)))
     assert moved
     assert all(torch.equal(plain[name].hessian, found.hessian) for name, found in waiting.items())
+
+
+def test_layers_whose_outputs_nobody_needs_do_not_run(llama: Any, batches: Batches) -> None:
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis(Scope()))
+    values, down = bind_inputs(gm, (), {**batches[0], "use_cache": False}), llama.model.layers[0].mlp.down_proj
+    parts = blocks(gm)
+    with torch.no_grad():
+        values = run_block(parts[0], values, last_readers(parts))
+        with observed(gm, located(gm)) as expected:
+            run_block(parts[1], values, {})
+        with observed(gm, located(gm)) as found, outputs_left_away(gm, dead_ends(parts[1])):
+            assert not down(torch.ones(2, 160)).any()
+            run_block(parts[1], values, {})
+    assert found.keys() == expected.keys()
+    down_name = "model.layers.0.mlp.down_proj"
+    others = found.keys() - {down_name}  # the call by hand was observed too
+    assert all(torch.equal(found[n].finalise().hessian, expected[n].finalise().hessian) for n in others)
+    assert down(torch.ones(2, 160)).any()
 
 
 def test_a_graph_makes_its_tensors_where_it_runs(llama: Any, batches: Batches) -> None:
