@@ -41,7 +41,7 @@ _STAGES: tuple[tuple[Any, str, str], ...] = (
 
 _PARTS: tuple[tuple[Any, str, str], ...] = (
     (MomentAccumulator, "update", HESSIAN),
-    (frontier, "factorise", "factor"),
+    (frontier, "factor_diagonal", "factor"),
     (frontier, "with_curves", "curves"),
     (solve, "factorise", "factor"),
     (solve, "sweep", "sweep"),

@@ -148,6 +148,8 @@ def observed(
     groups: Sequence[InputGroup],
     reading: Callable[[], Reading] = Reading,
     weigh: "Weigh | None" = None,
+    *,
+    channels: bool = True,
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
@@ -157,6 +159,7 @@ def observed(
         reading: called for every input; returns what belongs to the current batch. Padding of inputs of another
             number of tokens (one expert's share) counts in full.
         weigh: :func:`token_weights` of these groups and others, where it is at hand.
+        channels: see :class:`mpfx.stats.MomentAccumulator`.
     """
     moments: Accumulators = {}
     weigh = token_weights(gm, groups) if weigh is None else weigh
@@ -166,7 +169,7 @@ def observed(
         if now.paused:
             return
         if name not in moments:
-            moments[name] = MomentAccumulator(x.shape[-1], x.device)
+            moments[name] = MomentAccumulator(x.shape[-1], x.device, channels=channels)
         weights = weigh(name, x, now.masks, now.next_weights(name, x))
         with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
             moments[name].update(x, weights, now.next_reference(name, x))

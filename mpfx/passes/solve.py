@@ -275,7 +275,7 @@ class PruneAndQuantize(Pass):
             The moments, and the groups that read other tokens than weights or the dense model's values were known for.
         """
         reading, amiss, idle = [Reading()], set[str](), dead_ends(block)
-        with observed(work.gm, groups, lambda: reading[0], work.weigh) as moments:
+        with observed(work.gm, groups, lambda: reading[0], work.weigh, channels=False) as moments:
             for index, stream in enumerate(streams):
                 references = {}
                 if stream.dense is not None and first:
