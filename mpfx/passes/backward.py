@@ -115,7 +115,8 @@ class _Way:
             else:
                 made = {name: stream.gradients.pop(name) for name in result if name in stream.gradients}
                 ends = [name for name in made if result[name].requires_grad]
-                torch.autograd.backward([result[name] for name in ends], [made[name] for name in ends])
+                if ends:
+                    torch.autograd.backward([result[name] for name in ends], [made[name] for name in ends])
         sensing.take(calls)
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.grad is not None:

@@ -208,8 +208,9 @@ def stays_on_host(model: nn.Module, device: torch.device, offload: str) -> bool:
     """Whether the blocks of a model are to move to a device one at a time, instead of the model as a whole."""
     if offload != "auto" or device.type != "cuda":
         return offload == "always" and device.type != "cpu"
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return size > torch.cuda.mem_get_info(device)[0] // 2
+    away = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if is_away(tensor, device))
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return away > (torch.cuda.mem_get_info(device)[0] + cached) // 2
 
 
 def _total(device: torch.device) -> int:
