@@ -124,7 +124,7 @@ def measure_curve(
         change = round_nearest(sample, layout, grid, pruned) - sample
         per_channel = change.square().sum(0, dtype=torch.float64) * cost
         columns.append(per_channel)
-    return unit_sums(torch.stack(columns), unit).t().cpu()
+    return unit_sums(torch.stack(columns), unit).t().contiguous().cpu()
 
 
 def unit_sums(values: Tensor, unit: int) -> Tensor:
