@@ -101,28 +101,29 @@ class Runner:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a module holds a tensor: a parameter, whose data is exchanged, or a buffer."""
+    """A tensor that modules hold, and where: of a parameter the data is exchanged, a buffer itself, in all modules."""
 
-    owner: nn.Module
-    name: str
     tensor: Tensor
     home: Tensor
+    places: list[tuple[nn.Module, str]]
 
     def put(self, tensor: Tensor) -> None:
         if isinstance(self.tensor, nn.Parameter):
             self.tensor.data = tensor
-        else:
-            self.owner._buffers[self.name] = tensor
+            return
+        for owner, name in self.places:
+            owner._buffers[name] = tensor
 
 
-def _slots(block: Block) -> Iterator[_Slot]:
-    """The parameters and buffers that a block reads, each once."""
-    seen: set[int] = set()
+def _slots(block: Block) -> Iterable[_Slot]:
+    """The parameters and buffers that a block reads; those that several modules share are one."""
+    found: dict[int, _Slot] = {}
     for owner, name in _places(block):
-        tensor = {**owner._parameters, **owner._buffers}.get(name)
-        if tensor is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield _Slot(owner, name, tensor, tensor.data if isinstance(tensor, nn.Parameter) else tensor)
+        tensor = owner._parameters.get(name, owner._buffers.get(name))
+        if tensor is not None:
+            home = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+            found.setdefault(id(tensor), _Slot(tensor, home, [])).places.append((owner, name))
+    return found.values()
 
 
 def _places(block: Block) -> Iterator[tuple[nn.Module, str]]:

@@ -106,6 +106,41 @@ def test_everything_is_home_again_when_a_block_fails(llama: Any, batches: Batche
     assert {name: p.data_ptr() for name, p in llama.named_parameters()} == homes
 
 
+class Gather(nn.Module):
+    """Without children, so graphs call it as a whole."""
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.get_buffer("order"))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        order = torch.randperm(8)
+        self.one, self.two, self.first, self.second = Gather(order), Gather(order), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.first(self.one(x)) * self.second(self.two(x))
+        return out
+
+
+def test_a_buffer_that_modules_share_is_moved_in_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Layer(), Layer()]
+    gm = trace(nn.Sequential(*layers), (torch.randn(3, 8),))
+    homes, seen = [layer.one.order for layer in layers], []
+    Copies(monkeypatch)
+    with Runner(CPU).placed(blocks(gm)) as placed:
+        for _ in placed:
+            assert all(layer.one.order is layer.two.order for layer in layers)
+            seen.append([layer.one.order is home for layer, home in zip(layers, homes, strict=True)])
+    assert seen == [[False, True], [True, False]]
+    assert all(layer.one.order is layer.two.order is home for layer, home in zip(layers, homes, strict=True))
+
+
 def test_values_wait_on_the_host_where_the_device_is_crowded(
     llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
