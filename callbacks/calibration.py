@@ -35,6 +35,7 @@ from mpfx.passes import (
     most_bytes,
     padding_masks,
     run_passes,
+    sense_by_blocks,
 )
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
@@ -151,29 +152,56 @@ class ModelCalibration(Callback):
             return
         self._begin(trainer, pl_module)
 
-    def take_calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calls: Iterable[dict[str, Any]]) -> None:
-        """Take the place of a validation loop where no loss is needed: the module runs on no call as a whole.
+    def take_calls(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        calls: Iterable[dict[str, Any]],
+        loss: Callable[[Any, int], Tensor] | None = None,
+    ) -> None:
+        """Take the place of a validation loop: the module runs block by block, never as a whole.
 
         Args:
             trainer: whose precision and device are computed in; it does not run.
             pl_module: on the device to compute on; or on the host, then its blocks move to the device one at a time.
             calls: keyword arguments of every call of the target module, where the module is; of several processes,
                 which have to be started already, each has its own.
+            loss: from what the target module returned (as its graph returns it) and the number of the call to a scalar
+                that can be differentiated, as :data:`Loss`; needed with guidance.
 
         Raises:
-            ValueError: if a loss is needed.
+            ValueError: if a loss is needed and not given, or cannot be differentiated.
         """
-        if self.guided:
-            raise ValueError("Expected a config with `guidance: 0`: run `trainer.validate` with this callback.")
+        if self.guided and loss is None:
+            raise ValueError(
+                "Expected a `loss` with guidance, or a config with `guidance: 0`, or run `trainer.validate` with this "
+                "callback."
+            )
         recorder = self._begin(trainer, pl_module)
         try:
-            with torch.inference_mode(), trainer.precision_plugin.forward_context():
-                for call in calls:
-                    recorder.record((), call)
+            with self._ranks.together():
+                with torch.inference_mode(), trainer.precision_plugin.forward_context():
+                    for call in calls:
+                        recorder.record((), call)
+                gm = self._graph_module(pl_module, recorder)
+                if self.guided and loss is not None:
+                    self._sense(gm, recorder.calls, loss)
         except BaseException:
             self._drop()
             raise
         self._end(trainer, pl_module, recorder)
+
+    def _sense(self, gm: fx.GraphModule, calls: list[dict[str, Any]], loss: Callable[[Any, int], Tensor]) -> None:
+        assert self._sensing is not None
+        started = time.perf_counter()
+
+        def scaled(output: Any, index: int) -> Tensor:
+            value = loss(output, index)
+            return value * (averaged_over(calls[index]) / self._averaged_over * _LOSS_SCALE)
+
+        with torch.inference_mode(False):
+            sense_by_blocks(self._sensing, gm, calls, scaled, self._runner, self._ranks)
+        self.seconds["sense"] = time.perf_counter() - started
 
     @property
     def guided(self) -> bool:
@@ -267,15 +295,19 @@ class ModelCalibration(Callback):
 
     def _gathered(self, pl_module: pl.LightningModule, recorder: CallRecorder) -> Calibration:
         """What was recorded in this process, with what the loss feels in all."""
+        gm = self._graph_module(pl_module, recorder)
+        sensed = Sensed() if self._sensing is None else self._sensing.finalise(self._ranks)
+        self._sensing = None
+        return Calibration(gm, recorder.calls, sensed, ranks=self._ranks)
+
+    def _graph_module(self, pl_module: pl.LightningModule, recorder: CallRecorder) -> fx.GraphModule:
         if recorder.graph_module is None:
             raise RuntimeError(
                 f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
                 "nothing to trace: name the submodule that `validation_step` calls, as in "
                 "ModelCompression(config, module='model')."
             )
-        sensed = Sensed() if self._sensing is None else self._sensing.finalise(self._ranks)
-        self._sensing = None
-        return Calibration(recorder.graph_module, recorder.calls, sensed, ranks=self._ranks)
+        return recorder.graph_module
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
         started = time.perf_counter()

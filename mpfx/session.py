@@ -19,9 +19,19 @@ from mpfx.allocate import Domain, relative_gap
 from mpfx.callbacks import ModelCalibration
 from mpfx.callbacks.calibration import runner_of
 from mpfx.config import RunConfig, TrainerConfig
-from mpfx.graph import trace
+from mpfx.graph import bind_inputs, trace
 from mpfx.hub.source import Source, load_model
-from mpfx.lm import CausalLM, EvaluationData, TextDataModule, is_first_process, make_trainer
+from mpfx.lm import (
+    CausalLM,
+    EvaluationData,
+    Perplexity,
+    TextDataModule,
+    is_first_process,
+    losses_of,
+    make_trainer,
+    scored,
+    start_processes,
+)
 from mpfx.lm import evaluate as validate
 from mpfx.lm.module import model_inputs
 from mpfx.lm.text import parse_source
@@ -155,25 +165,41 @@ class Session:
     def measure(self) -> dict[str, float]:
         """Perplexity of the model as it is, by name of the text."""
         with measured(self.seconds, "evaluate"):
-            return {
-                name: validate(self.trainer, self.module, data.val_dataloader())["perplexity"]
-                for name, data in self._texts.items()
-            }
+            start_processes(trainer_of(self.config.trainer, progress=False))
+            large = any(self.ranks.gathered(self._has_no_room))
+            return {name: (self._by_blocks if large else self._validated)(data) for name, data in self._texts.items()}
+
+    def _has_no_room(self) -> bool:
+        device = self.trainer.strategy.root_device
+        return self.config.offload != "never" and stays_on_host(self.module, device, "auto")
+
+    def _validated(self, data: TextDataModule) -> float:
+        return validate(self.trainer, self.module, data.val_dataloader())["perplexity"]
+
+    @torch.no_grad()
+    def _by_blocks(self, data: TextDataModule) -> float:
+        """Perplexity of a model that has no room on the device, whose blocks move there one at a time."""
+        model, runner = self.source.model, runner_of(self.trainer, self.config)
+        self.trainer.precision_plugin.convert_module(self.module).to("cpu")
+        batches = list(data.val_dataloader())
+        gm = trace(model, (), model_inputs(model, batches[0]))
+        values = (bind_inputs(gm, (), model_inputs(model, batch)) for batch in batches)
+        perplexity = Perplexity().to(self.ranks.device)
+        for batch, output in zip(batches, runner.outputs(gm, values), strict=True):
+            perplexity.update(*scored(output, batch))
+        return float(perplexity.compute())
 
     def loop(self, callback: ModelCalibration) -> None:
-        """Hand the calibration data to a callback; a validation loop runs if it needs a loss."""
+        """Hand the calibration data to a callback; the model runs block by block."""
         trainer = trainer_of(self.config.trainer, self.config.progress, callback)
         batches = self.data.calibration_dataloader()
-        if callback.guided:
-            validate(trainer, self.module, batches)
-            return
         device = trainer.strategy.root_device
         trainer.precision_plugin.convert_module(self.module)
         home = torch.device("cpu") if stays_on_host(self.module, device, self.config.offload) else device
         self.module.to(home)
         inputs = (model_inputs(self.source.model, batch) for batch in batches)
         moved = (pytree.tree_map_only(Tensor, lambda t: t.to(home), values) for values in inputs)
-        callback.take_calls(trainer, self.module, moved)
+        callback.take_calls(trainer, self.module, moved, losses_of(list(batches)))
 
     def calibrate(self, configs: Sequence[CompressionConfig]) -> None:
         """Measure the dense model and gather, in one loop, all that these configs need; :meth:`check` them before."""

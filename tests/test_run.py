@@ -84,6 +84,20 @@ def test_what_observes_nothing_equals_a_loop_that_runs_the_model(folder: Path, t
     assert all(torch.equal(tensor, stored[name]) for name, tensor in expected.items())
 
 
+def test_a_model_that_has_no_room_is_measured_block_by_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = yaml.safe_load((ROOT / "configs" / "opt-125m.yaml").read_text())
+    fields["calibration"] |= {"data": f"{folder / 'c4'}:en:train", "samples": 8, "length": 32}
+    fields["evaluation"] |= {"data": f"{folder / 'c4'}:en:validation", "samples": 8, "length": 32}
+    config = parse_run({**fields, "model": str(folder / "opt"), "trainer": {"accelerator": "cpu"}, "progress": False})
+    session, runs = Session(config), []
+    (expected,) = session.measure().values()
+    session.source.model.register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr("mpfx.session.stays_on_host", lambda *_: True)
+    (found,) = session.measure().values()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(runs) <= 1  # tracing may run the module once
+
+
 def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(folder, tmp_path / "out")) == 0
     shown = capsys.readouterr().out

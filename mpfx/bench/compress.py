@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.data import DataLoader
 
 from mpfx.bench.device import current, device_of, dtype_of, environment, last_level_cache
 from mpfx.bench.models import config_of, random_model
@@ -19,7 +18,7 @@ from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SHARE, SOLVE, Meter, S
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
 from mpfx.graph import bind_inputs, blocks, last_readers, linear_weight, run_block, traced_module
-from mpfx.lm import CausalLM, EachOnce, evaluate, is_first_process, make_trainer, start_processes
+from mpfx.lm import CausalLM, EachOnce, is_first_process, losses_of, make_trainer, start_processes
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
 from mpfx.report import reset_peak_memory
@@ -95,8 +94,6 @@ class CompressConfig:
             )
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
-        if self.streaming and self.guided:
-            raise ValueError("Expected `streaming` without `guided`, whose loop runs the whole model on the device.")
 
     @property
     def compression(self) -> CompressionConfig:
@@ -370,15 +367,9 @@ def _compressed(
     where: Any = [device.index or 0] if device.type == "cuda" and config.devices == 1 else config.devices
     trainer = make_trainer(kind, where, callbacks=[callback], progress=False)
     start_processes(make_trainer(kind, where, progress=False))
-    data: Any = list(batches)
-    own = EachOnce(data)
-    loader: DataLoader[Any] = DataLoader(data, batch_size=None, sampler=own)
-    module = CausalLM(model)
+    module, own = CausalLM(model), [batches[index] for index in EachOnce(batches)]
     with meter.watching(config.parts), meter.stage(_RUN):
-        if config.guided:
-            evaluate(trainer, module, loader)
-        else:
-            callback.take_calls(trainer, module, (_inputs(model, data[index]) for index in own))
+        callback.take_calls(trainer, module, (_inputs(model, batch) for batch in own), losses_of(own))
     return _in_order(meter.stages, callback.seconds["observe"])
 
 
@@ -439,7 +430,7 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     written = Work(nbytes=weights * config.bits / 8)
     yield OBSERVE, forward + hessian
     yield f"{OBSERVE}/{HESSIAN}", hessian
-    yield "sense", forward + forward
+    yield "sense", forward + forward + forward  # there, and there and back once more
     yield "allocate", factor + read
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
     yield f"{SOLVE}/{HESSIAN}", hessian

@@ -18,7 +18,6 @@ from mpfx.passes import (
     Pack,
     PruneAndQuantize,
     Ranks,
-    Sensing,
     frontier,
     pipeline,
     solve,
@@ -32,7 +31,7 @@ SHARE = "share"
 
 _STAGES: tuple[tuple[Any, str, str], ...] = (
     (calibration, "located_graph", "trace"),
-    (Sensing, "batch", "sense"),
+    (calibration, "sense_by_blocks", "sense"),
     (pipeline, "dense_moments", OBSERVE),
     (Allocate, "__call__", ALLOCATE),
     (FoldScales, "__call__", "scale"),
@@ -44,7 +43,7 @@ _STAGES: tuple[tuple[Any, str, str], ...] = (
 
 _PARTS: tuple[tuple[Any, str, str], ...] = (
     (MomentAccumulator, "update", HESSIAN),
-    (frontier, "factorise", "factor"),
+    (frontier, "factor_diagonal", "factor"),
     (frontier, "with_curves", "curves"),
     (solve, "factorise", "factor"),
     (solve, "sweep", "sweep"),

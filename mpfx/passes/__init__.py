@@ -1,6 +1,7 @@
 """Graph passes: each takes a torch.fx GraphModule and hands one on."""
 
 from mpfx.passes.allocate import ALLOCATIONS, Allocate, check_feasible
+from mpfx.passes.backward import sense_by_blocks
 from mpfx.passes.base import Pass, PassError, PassResult, run_passes
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FindProducers, GroupInputs, LocateSites, analysis, located
@@ -52,6 +53,7 @@ __all__ = [
     "observed",
     "padding_masks",
     "run_passes",
+    "sense_by_blocks",
     "solve_group",
     "solved_groups",
     "stays_on_host",

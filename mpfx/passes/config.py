@@ -64,8 +64,8 @@ class CompressionConfig:
         offload: where the model is while it is compressed on an accelerator. always: on the host, its blocks move to
             the device one at a time, so that a model larger than the device's memory can be compressed; never: on the
             device; auto: on the device if it takes no more than half of what is free there. Values between blocks wait
-            on the host with `always`, and with auto once half of the device's memory is taken. Where a validation loop
-            runs the model (`guidance`, callbacks in a loop of your own), the loop's Trainer has put it on the device.
+            on the host with `always`, and with auto once half of the device's memory is taken. The Trainer of a
+            validation loop of your own has put the model on the device, whatever this says.
         passes: passes of your own, by import path; run after the analysis and before anything is measured.
         strict: refuse whatever would be done otherwise than asked, instead of reporting it.
     """

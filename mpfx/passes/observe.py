@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mpfx.graph import (
     expert_modules,
     inputs_behind,
     last_readers,
+    linear_weight,
     traced_module,
     watch_experts,
 )
@@ -147,6 +149,8 @@ def observed(
     groups: Sequence[InputGroup],
     reading: Callable[[], Reading] = Reading,
     weigh: "Weigh | None" = None,
+    *,
+    channels: bool = True,
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
@@ -156,6 +160,7 @@ def observed(
         reading: called for every input; returns what belongs to the current batch. Padding of inputs of another
             number of tokens (one expert's share) counts in full.
         weigh: :func:`token_weights` of these groups and others, where it is at hand.
+        channels: see :class:`mpfx.stats.MomentAccumulator`.
     """
     moments: Accumulators = {}
     weigh = token_weights(gm, groups) if weigh is None else weigh
@@ -165,7 +170,7 @@ def observed(
         if now.paused:
             return
         if name not in moments:
-            moments[name] = MomentAccumulator(x.shape[-1], x.device)
+            moments[name] = MomentAccumulator(x.shape[-1], x.device, channels=channels)
         weights = weigh(name, x, now.masks, now.next_weights(name, x))
         with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
             moments[name].update(x, weights, now.next_reference(name, x))
@@ -210,6 +215,26 @@ def inputs_read(gm: fx.GraphModule, groups: Sequence[InputGroup], add: Callable[
             facts = expert_modules(gm)[path]
             hooks.enter_context(watch_experts(model.get_submodule(path), facts, _sink(path, wanted, add)))
         yield
+
+
+@contextmanager
+def outputs_left_away(gm: fx.GraphModule, paths: Iterable[str]) -> Iterator[None]:
+    """Inside, some linear layers return zeros: what they read is observed, and nobody needs what they make."""
+    model = traced_module(gm)
+    modules = [model.get_submodule(path) for path in paths]
+    idle = [module for module in modules if "forward" not in vars(module) and not module._forward_hooks]
+    try:
+        for module in idle:
+            rows = linear_weight(module).shape[0]
+            module.forward = partial(_zeros, rows)
+        yield
+    finally:
+        for module in idle:
+            del module.forward
+
+
+def _zeros(rows: int, x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], rows)
 
 
 def _mask_name(inputs: frozenset[str]) -> str:

@@ -128,21 +128,22 @@ class Ranks:
         owners = self._owners(groups)
         if self.size == 1:
             return list(groups)
-        seen = self.gathered(lambda: {name: (a.tokens, a.drifting) for name, a in accumulators.items()})
+        seen = self.gathered(lambda: {name: (a.tokens, a.drifting, a.channels) for name, a in accumulators.items()})
         for group in groups:
             known = [facts[group.name] for facts in seen if group.name in facts]
             sums = accumulators.pop(group.name, None)
             if not known:
                 continue
             if sums is None:
-                sums = MomentAccumulator(group.sites[0].in_features, self.device)
+                channels = known[0][2]
+                sums = MomentAccumulator(group.sites[0].in_features, self.device, channels=channels)
             self._reduced(sums, owners[group.name], known)
             if owners[group.name] == self.rank:
                 accumulators[group.name] = sums
         return [group for group in groups if owners[group.name] == self.rank]
 
-    def _reduced(self, sums: MomentAccumulator, owner: int, known: Sequence[tuple[int, bool]]) -> None:
-        tokens, drifting = zip(*known, strict=True)
+    def _reduced(self, sums: MomentAccumulator, owner: int, known: Sequence[tuple[int, bool, bool]]) -> None:
+        tokens, drifting, _ = zip(*known, strict=True)
         sums.add_up(partial(dist.reduce, dst=owner), sum(tokens), drifting=any(drifting))
 
     def _owners(self, groups: Sequence[InputGroup]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.allocate import GroupPlan
-from mpfx.graph import Block, InputGroup, Site, blocks, last_readers, sites, traced_module
+from mpfx.graph import Block, InputGroup, Site, blocks, dead_ends, last_readers, sites, traced_module
 from mpfx.nn import PackedWeight, own_order, pack, pack_permutation, unpack
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
@@ -24,6 +24,7 @@ from mpfx.passes.observe import (
     groups_of_blocks,
     inputs_read,
     observed,
+    outputs_left_away,
     padding_masks,
     token_weights,
 )
@@ -276,15 +277,16 @@ class PruneAndQuantize(Pass):
         Returns:
             The moments, and the groups that read other tokens than weights or the dense model's values were known for.
         """
-        reading, amiss = [Reading()], set[str]()
-        with observed(work.gm, groups, lambda: reading[0], work.weigh) as moments:
+        reading, amiss, idle = [Reading()], set[str](), dead_ends(block)
+        with observed(work.gm, groups, lambda: reading[0], work.weigh, channels=False) as moments:
             for index, stream in enumerate(streams):
                 references = {}
                 if stream.dense is not None and first:
                     reading[0] = Reading(paused=True)
                     references = self._dense_step(work, block, groups, stream)
                 reading[0] = Reading(stream.masks, self._weights(groups, index), references, amiss=amiss)
-                self.runner.run(block, stream.values, {})
+                with outputs_left_away(work.gm, idle):
+                    self.runner.run(block, stream.values, {})
         return moments, amiss
 
     def _weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:

@@ -81,9 +81,11 @@ class MomentAccumulator:
     Args:
         in_features: channels of the input.
         device: where the sums lie.
+        channels: whether also sums of single channels are taken, behind `mean_abs`, `mean` and `variance`; else these
+            come out as NaN.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", *, channels: bool = True) -> None:
         # Apple's GPUs have no float64.
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
 
@@ -92,6 +94,7 @@ class MomentAccumulator:
 
         self._outer = zeros(in_features, in_features, dtype=torch.float32)  # blocks below the diagonal: not in use
         self._absolute, self._sum, self._square = zeros(in_features), zeros(in_features), zeros(in_features)
+        self.channels = channels
         self._drift: Tensor | None = None
         self.tokens = 0
 
@@ -125,9 +128,10 @@ class MomentAccumulator:
 
     def _add(self, x: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
         x = x if _multiplies_half(x) else x.float()
-        self._absolute += x.abs().sum(0, dtype=torch.float32)
-        self._sum += x.sum(0, dtype=torch.float32)
-        self._square += _squares(x)
+        if self.channels:
+            self._absolute += _absolutes(x)
+            self._sum += x.sum(0, dtype=torch.float32)
+            self._square += _squares(x)
         roots, share = (None, None) if weights is None else _roots(weights)
         scaled = _scaled(x, roots)
         _add_blocks(self._outer, scaled, scaled, share, upper=True)
@@ -174,10 +178,11 @@ class MomentAccumulator:
         """
         if not self.tokens:
             raise ValueError("no token reached this input during calibration.")
-        mean = self._sum / self.tokens
+        known = self.tokens if self.channels else torch.nan
+        mean = self._sum / known
         return Moments(
             hessian=_mirrored(self._outer * (2 / self.tokens)),
-            mean_abs=(self._absolute / self.tokens).float(),
+            mean_abs=(self._absolute / known).float(),
             mean=mean.float(),
             variance=(self._square / self.tokens - mean.square()).clamp_(min=0).float(),
             tokens=self.tokens,
@@ -198,6 +203,14 @@ def _roots(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled(x: Tensor, roots: Tensor | None) -> Tensor:
     return x if roots is None else x * roots.to(x.dtype)
+
+
+def _absolutes(x: Tensor) -> Tensor:
+    """Sums over tokens of the absolute values, float32."""
+    if x.dtype == torch.float32:
+        return x.abs().sum(0)
+    norms: Tensor = torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32)
+    return norms
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from mpfx.callbacks import ModelCalibration, ModelCompression, calibration
-from mpfx.lm import CausalLM, EachOnce, evaluate, make_trainer, quiet_lightning
+from mpfx.lm import CausalLM, EachOnce, evaluate, losses_of, make_trainer, quiet_lightning
 from mpfx.passes import Calibration, CompressionConfig, Runner, SolvedGroup, allocate, compress_calibrated, solve
 from mpfx.solve import Sparsity
 from tests.conftest import build_llama, token_batches
@@ -85,11 +85,12 @@ def experts(devices: int) -> Any:
 
 
 def known_calls(devices: int, **fields: Any) -> Any:
-    """Where no loss is needed no loop runs; the processes are there from an earlier one."""
+    """No loop runs; the processes are there from an earlier one."""
     callback = ModelCompression(CompressionConfig(**fields), module="model", progress=False)
-    calls = ({**batch, "use_cache": False} for batch in windows(token_batches(5)))
+    own = list(windows(token_batches(5)))
+    calls, module = ({**batch, "use_cache": False} for batch in own), CausalLM(build_llama(num_hidden_layers=2))
     with quiet_lightning():
-        callback.take_calls(trainer_for(devices), CausalLM(build_llama(num_hidden_layers=2)), calls)
+        callback.take_calls(trainer_for(devices), module, calls, losses_of(own))
     return {**described(callback.solved), "after": {}}
 
 
@@ -131,7 +132,7 @@ def perplexity(devices: int) -> Any:
 CASES: dict[str, Callable[[int], Any]] = {
     "guided": lambda devices: language_model(devices, bits_per_weight=4),
     "scaled": lambda devices: known_calls(devices, bits_per_weight=4, guidance=0, correction=0),
-    "tiers": lambda devices: language_model(devices, bits_per_weight=4, allocation="budget", sparsity=0.5),
+    "tiers": lambda devices: known_calls(devices, bits_per_weight=4, allocation="budget", sparsity=0.5),
     "own": own_module,
     "experts": experts,
     "known calls": lambda devices: known_calls(devices, code_bits=4, allocation="fixed", fold_scales=False),
