@@ -246,7 +246,7 @@ def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ..
         (["--sparsity", "1.5"], "`sparsity` to be a fraction"),
         (["--importance.weight", "-1"], "importance.weight"),
         (["--trainer.devices", "0"], "`trainer.devices` of 1 or more"),
-        (["--trainer.devices", "3"], "at least one batch for each of 3 devices but calibration has 2"),
+        (["--trainer.devices", "9"], "at least one batch for each of 9 devices but calibration has 8"),
         (["--calibration.samples", "0"], "calibration.samples"),
         (["--calibration.samples", "100000"], "calibration.data"),
         (["--calibration.data", "nothing.txt"], "nothing.txt"),

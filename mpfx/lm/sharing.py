@@ -32,8 +32,8 @@ class EachOnce(DistributedSampler[Any]):
     """Deals whole batches out to the processes in turn, in the order of the data set; none is repeated or left out.
 
     Batches are those that a single process would run, so that what is summed over them is the same up to the order of
-    the sums. Which process this is is asked when batches are wanted: loaders can be made before a Trainer has started
-    the others. Lightning leaves samplers of this kind in their place.
+    the sums. PyTorch's default process group is asked which process this is when batches are wanted, so that loaders
+    can be made before a Trainer has started the others. Lightning leaves samplers of this kind in their place.
 
     Args:
         data: what is shared out.
