@@ -231,6 +231,11 @@ class CompressionConfig:
         return self.scored or self.scaled or self.allocation == "optimal"
 
     @property
+    def looks_at_channels(self) -> bool:
+        """Whether the sizes of single channels are needed before bits are given, beside the Hessians."""
+        return self.scored or self.scaled or self.distortion == "signals"
+
+    @property
     def scaled(self) -> bool:
         """Whether channels are scaled before rounding.
 

@@ -138,7 +138,7 @@ class Sensed:
 
     def _mean(self, group: InputGroup, moments: Moments) -> float:
         """Of the squared gradient at the outputs of an expert."""
-        squares = float(moments.mean_square.double().sum()) * moments.tokens
+        squares = float(moments.hessian.diagonal().double().sum()) * moments.tokens / 2
         return self.gradients.get(group.sites[0].path, 0.0) / max(squares * group.sites[0].out_features, 1e-300)
 
 
@@ -272,6 +272,8 @@ def dense_moments(
     batches: Sequence[Mapping[str, Any]],
     runner: Runner = _HERE,
     sensed: Sensed | None = None,
+    *,
+    channels: bool = True,
 ) -> Iterator[tuple[str, Moments]]:
     """Observe what every located input group reads in the model as it is, block after block.
 
@@ -284,6 +286,7 @@ def dense_moments(
         runner: how blocks run.
         sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
             x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
+        channels: see :class:`mpfx.stats.MomentAccumulator`.
 
     Yields:
         Name and statistics of the groups that were called, while their block lies on the device.
@@ -296,7 +299,7 @@ def dense_moments(
     with runner.placed(parts) as placed:
         for block in placed:
             here = groups[block.index]
-            with observed(gm, here, lambda: reading[0], weigh) as seen:
+            with observed(gm, here, lambda: reading[0], weigh, channels=channels) as seen:
                 for index, values in enumerate(streams):
                     weights = {} if sensed is None else sensed.weights(here, index)
                     reading[0] = Reading(masks[index], weights)

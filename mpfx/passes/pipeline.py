@@ -66,12 +66,13 @@ class Calibration:
         """The moments that a config allocates by, one input group after the other."""
         kept = self.guided if config.power else self.moments
         if not kept:
-            yield from self._observed(bool(config.power), runner)
+            yield from self._observed(bool(config.power), runner, config.looks_at_channels)
         for name, moments in kept.items():
             yield name, moments if runner.device is None else moments.to(runner.device)
 
-    def _observed(self, guided: bool, runner: Runner) -> Iterator[tuple[str, Moments]]:
-        return dense_moments(self.graph_module, self.calls, runner, self.sensed if guided else None)
+    def _observed(self, guided: bool, runner: Runner, channels: bool = True) -> Iterator[tuple[str, Moments]]:
+        sensed = self.sensed if guided else None
+        return dense_moments(self.graph_module, self.calls, runner, sensed, channels=channels)
 
 
 @dataclass(frozen=True)
