@@ -27,9 +27,9 @@ from mpfx.passes import (
     located,
     located_graph,
     most_bytes,
-    padding_masks,
     run_passes,
     sense_by_blocks,
+    tokens_of,
 )
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
@@ -103,7 +103,7 @@ class ModelCalibration(Callback):
     results are undisturbed. What the Linears read is observed after the loop, block by block.
 
     Args:
-        configs: what will be done: one or more, alike in scope, passes, strictness and `offload`.
+        configs: what will be done: one or more, alike in scope, passes, strictness, `offload` and `allocation_tokens`.
         module: path of the submodule to compress; "" for the LightningModule itself.
         loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
             (itself, or under "loss"). A step that does more than that, such as collecting results, needs it: the step
@@ -115,7 +115,7 @@ class ModelCalibration(Callback):
     """
 
     def __init__(self, *configs: CompressionConfig, module: str = "", loss: Loss | None = None) -> None:
-        for name in ("scope", "passes", "strict", "offload"):
+        for name in ("scope", "passes", "strict", "offload", "allocation_tokens"):
             if any(getattr(config, name) != getattr(configs[0], name) for config in configs):
                 raise ValueError(f"Expected configs of one calibration to be alike in `{name}` but they differ.")
         self.configs, self.module, self.loss = configs, module, loss
@@ -183,7 +183,7 @@ class ModelCalibration(Callback):
 
         def scaled(output: Any, index: int) -> Tensor:
             value = loss(output, index)
-            return value * (averaged_over(calls[index]) / averaged_over(calls[0]) * _LOSS_SCALE)
+            return value * (tokens_of(calls[index]) / tokens_of(calls[0]) * _LOSS_SCALE)
 
         with torch.inference_mode(False):
             sense_by_blocks(self._sensing, gm, calls, scaled, self._runner)
@@ -245,7 +245,7 @@ class ModelCalibration(Callback):
         self._sensed += 1
         started, recorded = time.perf_counter(), self._recorder.calls
         # A mean over fewer would count each of them more.
-        share = averaged_over(recorded[-1]) / averaged_over(recorded[0])
+        share = tokens_of(recorded[-1]) / tokens_of(recorded[0])
 
         def loss() -> Tensor:
             with trainer.precision_plugin.forward_context():
@@ -344,21 +344,6 @@ def runner_of(trainer: pl.Trainer, config: CompressionConfig) -> Runner:
     """How the blocks of a calibrated graph run: on the Trainer's device, in its precision."""
     device = trainer.strategy.root_device
     return Runner(device, trainer.precision_plugin.forward_context, most_bytes(device, config.offload))
-
-
-def averaged_over(values: Mapping[str, Any]) -> int:
-    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
-
-    Args:
-        values: inputs of the call.
-    """
-    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
-    if first is None:
-        return 1
-    if first.dtype.is_floating_point or first.dim() < 2:
-        return max(len(first), 1)
-    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
-    return max(first.numel() if mask is None else int(mask.sum()), 1)
 
 
 @contextmanager

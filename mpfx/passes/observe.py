@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpfx.graph import (
     InputGroup,
@@ -40,6 +41,21 @@ def padding_masks(values: Mapping[str, Any]) -> Masks:
     """
     found = {name: values.get(name) for name in (_MASK, _DECODER + _MASK)}
     return {name: mask for name, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def tokens_of(values: Mapping[str, Any]) -> int:
+    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
+
+    Args:
+        values: inputs of the call.
+    """
+    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
+    if first is None:
+        return 1
+    if first.dtype.is_floating_point or first.dim() < 2:
+        return max(len(first), 1)
+    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
+    return max(first.numel() if mask is None else int(mask.sum()), 1)
 
 
 @dataclass
@@ -100,6 +116,15 @@ class Sensed:
 
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, batches: Sequence[int]) -> "Sensed":
+        """What some of the batches told; in the unit of all."""
+        count = max((len(found.batches) for found in self.sensitivities.values()), default=0)
+        share = len(batches) / count if count else 1.0
+        return Sensed(
+            {n: replace(s, batches=tuple(s.batches[i] for i in batches)) for n, s in self.sensitivities.items()},
+            {path: gradient * share for path, gradient in self.gradients.items()},
+        )
 
     def weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
         """Weights of the tokens that groups read in one batch, relative to their mean."""

@@ -13,7 +13,7 @@ from mpfx.graph import first_samples
 from mpfx.passes.allocate import Allocate
 from mpfx.passes.base import Pass, run_passes
 from mpfx.passes.config import CompressionConfig
-from mpfx.passes.observe import Sensed, dense_moments
+from mpfx.passes.observe import Sensed, dense_moments, tokens_of
 from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.running import Runner
 from mpfx.passes.scale import FoldScales
@@ -59,20 +59,24 @@ class Calibration:
         measured = [config for config in configs if config.measured]
         for kept, guided in ((self.moments, False), (self.guided, True)):
             if any(bool(config.power) == guided for config in measured):
-                for name, moments in self._observed(guided, runner):
+                for name, moments in self._observed(guided, runner, tokens=configs[0].allocation_tokens):
                     kept[name] = moments.to(torch.device("cpu"))
 
     def statistics(self, config: CompressionConfig, runner: Runner) -> Iterator[tuple[str, Moments]]:
         """The moments that a config allocates by, one input group after the other."""
         kept = self.guided if config.power else self.moments
         if not kept:
-            yield from self._observed(bool(config.power), runner, config.looks_at_channels)
+            channels, tokens = config.looks_at_channels, config.allocation_tokens
+            yield from self._observed(bool(config.power), runner, channels=channels, tokens=tokens)
         for name, moments in kept.items():
             yield name, moments if runner.device is None else moments.to(runner.device)
 
-    def _observed(self, guided: bool, runner: Runner, channels: bool = True) -> Iterator[tuple[str, Moments]]:
-        sensed = self.sensed if guided else None
-        return dense_moments(self.graph_module, self.calls, runner, sensed, channels=channels)
+    def _observed(
+        self, guided: bool, runner: Runner, *, channels: bool = True, tokens: int | None = None
+    ) -> Iterator[tuple[str, Moments]]:
+        chosen = _spread([tokens_of(call) for call in self.calls], tokens)
+        sensed = self.sensed.of(chosen) if guided else None
+        return dense_moments(self.graph_module, [self.calls[i] for i in chosen], runner, sensed, channels=channels)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,18 @@ class Compressed:
     graph_module: fx.GraphModule
     solved: tuple[SolvedGroup, ...]
     seconds: dict[str, float]
+
+
+def _spread(counts: Sequence[int], least: int | None) -> list[int]:
+    """Numbers of batches, evenly spread, that hold at least so many tokens; all if there are no more than that."""
+    if least is None or sum(counts) <= least:
+        return list(range(len(counts)))
+    number = next(k for k in range(1, len(counts) + 1) if sum(counts[i] for i in _every(len(counts), k)) >= least)
+    return _every(len(counts), number)
+
+
+def _every(count: int, number: int) -> list[int]:
+    return [index * count // number for index in range(number)]
 
 
 @torch.no_grad()
