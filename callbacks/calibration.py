@@ -33,9 +33,9 @@ from mpfx.passes import (
     located,
     located_graph,
     most_bytes,
-    padding_masks,
     run_passes,
     sense_by_blocks,
+    tokens_of,
 )
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
@@ -112,7 +112,7 @@ class ModelCalibration(Callback):
     count every sample once: samples that a sampler repeats, to give all processes as many, are refused.
 
     Args:
-        configs: what will be done: one or more, alike in scope, passes, strictness and `offload`.
+        configs: what will be done: one or more, alike in scope, passes, strictness, `offload` and `allocation_tokens`.
         module: path of the submodule to compress; "" for the LightningModule itself.
         loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
             (itself, or under "loss"). A step that does more than that, such as collecting results, needs it: the step
@@ -124,7 +124,7 @@ class ModelCalibration(Callback):
     """
 
     def __init__(self, *configs: CompressionConfig, module: str = "", loss: Loss | None = None) -> None:
-        for name in ("scope", "passes", "strict", "offload"):
+        for name in ("scope", "passes", "strict", "offload", "allocation_tokens"):
             if any(getattr(config, name) != getattr(configs[0], name) for config in configs):
                 raise ValueError(f"Expected configs of one calibration to be alike in `{name}` but they differ.")
         self.configs, self.module, self.loss = configs, module, loss
@@ -133,7 +133,7 @@ class ModelCalibration(Callback):
         self._ranks = Ranks()
         self._recorder: CallRecorder | None = None
         self._sensing: Sensing | None = None
-        self._averaged_over = 1
+        self._first_tokens = 1
         self._random: list[Tensor] = []
         self._batch: Any = None
         self._sensed = 0
@@ -197,7 +197,7 @@ class ModelCalibration(Callback):
 
         def scaled(output: Any, index: int) -> Tensor:
             value = loss(output, index)
-            return value * (averaged_over(calls[index]) / self._averaged_over * _LOSS_SCALE)
+            return value * (tokens_of(calls[index]) / self._first_tokens * _LOSS_SCALE)
 
         with torch.inference_mode(False):
             sense_by_blocks(self._sensing, gm, calls, scaled, self._runner, self._ranks)
@@ -257,7 +257,7 @@ class ModelCalibration(Callback):
         self._sensed += 1
         started, recorded = time.perf_counter(), self._recorder.calls
         # A mean over fewer would count each of them more.
-        share = averaged_over(recorded[-1]) / self._averaged_over
+        share = tokens_of(recorded[-1]) / self._first_tokens
 
         def loss() -> Tensor:
             with trainer.precision_plugin.forward_context():
@@ -347,7 +347,7 @@ class ModelCalibration(Callback):
             gm = self._traced(whole, args, kwargs)
             firsts = exchange(FirstCall.of(gm, bind_inputs(gm, args, kwargs)))
         check_alike(firsts)
-        self._averaged_over = firsts[0].averaged_over
+        self._first_tokens = firsts[0].tokens
         return gm
 
     def _traced(self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -380,12 +380,12 @@ class FirstCall:
 
     Attributes:
         digest: of the tensors in it.
-        averaged_over: see :func:`averaged_over`.
+        tokens: see :func:`mpfx.passes.tokens_of`.
         groups: names of the input groups.
     """
 
     digest: str
-    averaged_over: int
+    tokens: int
     groups: list[str]
 
     @classmethod
@@ -395,7 +395,7 @@ class FirstCall:
         for tensor in (leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)):
             hashed.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         names = [group.name for group in located(gm)]
-        return cls(hashed.hexdigest(), averaged_over(values), names)
+        return cls(hashed.hexdigest(), tokens_of(values), names)
 
 
 def check_alike(firsts: Sequence[FirstCall]) -> None:
@@ -446,21 +446,6 @@ def check_shares(trainer: pl.Trainer) -> None:
                     f"{samples}, of which the sampler repeats {repeated}, which would count twice: leave out "
                     f"{samples % trainer.world_size}, or give the loader `sampler=mpfx.lm.EachOnce(data, batch_size)`."
                 )
-
-
-def averaged_over(values: Mapping[str, Any]) -> int:
-    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
-
-    Args:
-        values: inputs of the call.
-    """
-    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
-    if first is None:
-        return 1
-    if first.dtype.is_floating_point or first.dim() < 2:
-        return max(len(first), 1)
-    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
-    return max(first.numel() if mask is None else int(mask.sum()), 1)
 
 
 @contextmanager

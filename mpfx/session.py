@@ -50,7 +50,18 @@ from mpfx.passes import (
 from mpfx.passes.allocate import domains
 from mpfx.report import AllocationReport, SiteReport
 
-SHARED = ("model", "calibration", "evaluation", "trainer", "trust_remote_code", "scope", "passes", "strict", "offload")
+SHARED = (
+    "model",
+    "calibration",
+    "evaluation",
+    "trainer",
+    "trust_remote_code",
+    "scope",
+    "passes",
+    "strict",
+    "offload",
+    "allocation_tokens",
+)
 """Fields in which the configs of one session have to be alike: they make the calibration what it is."""
 
 

@@ -51,6 +51,7 @@ class CompressConfig:
         guided: whether the loss's sensitivities are gathered and used.
         correction: share of earlier blocks' error that is made up for, which takes another run of the dense model.
             None: as by default if guided, else 0.
+        allocation_tokens: that bits are given by; None: all.
         streaming: whether the model stays on the host and its blocks move to the device one at a time.
         plain: whether the plain loop runs too, on one block: 4-bit codes in groups of 128, the same sparsity.
         parts: whether the parts of stages are measured too. The device is waited for at the bounds of each, which takes
@@ -72,6 +73,7 @@ class CompressConfig:
     sparsity: float | None = None
     guided: bool = False
     correction: float | None = None
+    allocation_tokens: int | None = None
     streaming: bool = False
     plain: bool = True
     parts: bool = True
@@ -103,6 +105,7 @@ class CompressConfig:
             sparsity=self.sparsity,
             guidance=None if self.guided else 0.0,
             correction=0.0 if self.correction is None and not self.guided else self.correction,
+            allocation_tokens=self.allocation_tokens,
             offload="always" if self.streaming else "never",
         )
 
@@ -187,6 +190,7 @@ class CompressReport:
         where = f"{c.devices} x {place(self.environment)}" if c.devices > 1 else place(self.environment)
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
         kind += f", correction {c.compression.corrected:g}" if c.compression.corrected else ", no correction"
+        kind += f", bits by {c.allocation_tokens} tokens" if c.allocation_tokens else ""
         kind += ", blocks streamed from the host" if c.streaming else ""
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "
@@ -423,13 +427,14 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     tokens = config.samples * config.length
     weights = sum(channels * rows for channels, rows in groups)
     forward = Work(half=2.0 * tokens * weights)
+    share = min(1.0, (config.allocation_tokens or tokens) / tokens)
     hessian = Work(half=sum(float(tokens) * channels**2 for channels, _ in groups))  # symmetric: one half
     factor = Work(single=sum(2 / 3 * channels**3 for channels, _ in groups))  # Cholesky, and a triangle's inverse
     sweep = Work(single=sum(float(rows) * channels**2 for channels, rows in groups))  # each channel on all later ones
     read = Work(nbytes=weights * _DENSE_BITS / 8)
     written = Work(nbytes=weights * config.bits / 8)
-    yield OBSERVE, forward + hessian
-    yield f"{OBSERVE}/{HESSIAN}", hessian
+    yield OBSERVE, Work(half=share * (forward.half + hessian.half))
+    yield f"{OBSERVE}/{HESSIAN}", Work(half=share * hessian.half)
     yield "sense", forward + forward + forward  # there, and there and back once more
     yield "allocate", factor + read
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved

@@ -5,7 +5,7 @@ from mpfx.passes.backward import sense_by_blocks
 from mpfx.passes.base import Pass, PassError, PassResult, run_passes
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FindProducers, GroupInputs, LocateSites, analysis, located
-from mpfx.passes.observe import Reading, Sensed, dense_moments, finalised, observed, padding_masks
+from mpfx.passes.observe import Reading, Sensed, dense_moments, finalised, observed, padding_masks, tokens_of
 from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.pipeline import Calibration, Compressed, compress_calibrated
 from mpfx.passes.preflight import located_graph
@@ -57,5 +57,6 @@ __all__ = [
     "solve_group",
     "solved_groups",
     "stays_on_host",
+    "tokens_of",
     "was_told",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpfx.graph import (
     InputGroup,
@@ -41,6 +42,21 @@ def padding_masks(values: Mapping[str, Any]) -> Masks:
     """
     found = {name: values.get(name) for name in (_MASK, _DECODER + _MASK)}
     return {name: mask for name, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def tokens_of(values: Mapping[str, Any]) -> int:
+    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
+
+    Args:
+        values: inputs of the call.
+    """
+    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
+    if first is None:
+        return 1
+    if first.dtype.is_floating_point or first.dim() < 2:
+        return max(len(first), 1)
+    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
+    return max(first.numel() if mask is None else int(mask.sum()), 1)
 
 
 @dataclass
@@ -102,6 +118,18 @@ class Sensed:
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
 
+    def of(self, batches: Sequence[int], share: float) -> "Sensed":
+        """What some of the batches told; in the unit of all.
+
+        Args:
+            batches: numbers of those of this process.
+            share: that they, and those of other processes, are of all.
+        """
+        return Sensed(
+            {n: replace(s, batches=tuple(s.batches[i] for i in batches)) for n, s in self.sensitivities.items()},
+            {path: gradient * share for path, gradient in self.gradients.items()},
+        )
+
     def weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
         """Weights of the tokens that groups read in one batch, relative to their mean."""
         known = {g.name: self.sensitivities[g.name] for g in groups if g.name in self.sensitivities}
@@ -139,7 +167,7 @@ class Sensed:
 
     def _mean(self, group: InputGroup, moments: Moments) -> float:
         """Of the squared gradient at the outputs of an expert."""
-        squares = float(moments.mean_square.double().sum()) * moments.tokens
+        squares = float(moments.hessian.diagonal().double().sum()) * moments.tokens / 2
         return self.gradients.get(group.sites[0].path, 0.0) / max(squares * group.sites[0].out_features, 1e-300)
 
 
@@ -274,6 +302,8 @@ def dense_moments(
     runner: Runner = _HERE,
     sensed: Sensed | None = None,
     ranks: Ranks = ALONE,
+    *,
+    channels: bool = True,
 ) -> Iterator[tuple[str, Moments]]:
     """Observe what every located input group reads in the model as it is, block after block.
 
@@ -287,6 +317,7 @@ def dense_moments(
         sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
             x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
         ranks: the processes, each with batches of its own; all have to iterate to the end.
+        channels: see :class:`mpfx.stats.MomentAccumulator`.
 
     Yields:
         Name and statistics of the groups that were called, while their block lies on the device. Of several processes,
@@ -300,7 +331,7 @@ def dense_moments(
     with runner.placed(parts) as placed:
         for block in placed:
             here = groups[block.index]
-            with observed(gm, here, lambda: reading[0], weigh) as seen:
+            with observed(gm, here, lambda: reading[0], weigh, channels=channels) as seen:
                 for index, values in enumerate(streams):
                     weights = {} if sensed is None else sensed.weights(here, index)
                     reading[0] = Reading(masks[index], weights)

@@ -13,7 +13,7 @@ from mpfx.graph import first_samples
 from mpfx.passes.allocate import Allocate
 from mpfx.passes.base import Pass, run_passes
 from mpfx.passes.config import CompressionConfig
-from mpfx.passes.observe import Sensed, dense_moments
+from mpfx.passes.observe import Sensed, dense_moments, tokens_of
 from mpfx.passes.pack import FoldPermutations, Pack
 from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
@@ -64,25 +64,45 @@ class Calibration:
         Raises:
             RankError: if another process failed.
         """
+        tokens = configs[0].allocation_tokens
         wanted = {bool(config.power) for config in configs if config.measured}
         with self.ranks.together():
-            moments, guided = (self._kept(which, runner) if which in wanted else None for which in (False, True))
+            moments, guided = (
+                self._kept(which, runner, tokens) if which in wanted else None for which in (False, True)
+            )
         return replace(self, moments=moments, guided=guided)
 
     def statistics(self, config: CompressionConfig, runner: Runner) -> Iterator[tuple[str, Moments]]:
         """The moments that a config allocates by, one input group after the other; all processes ask for all."""
         kept = self.guided if config.power else self.moments
         if kept is None:
-            yield from self._observed(bool(config.power), runner)
+            channels, tokens = config.looks_at_channels, config.allocation_tokens
+            yield from self._observed(bool(config.power), runner, tokens, channels=channels)
             return
         for name, moments in kept.items():
             yield name, moments if runner.device is None else moments.to(runner.device)
 
-    def _kept(self, guided: bool, runner: Runner) -> dict[str, Moments]:
-        return {name: moments.to(torch.device("cpu")) for name, moments in self._observed(guided, runner)}
+    def _kept(self, guided: bool, runner: Runner, tokens: int | None) -> dict[str, Moments]:
+        return {name: moments.to(torch.device("cpu")) for name, moments in self._observed(guided, runner, tokens)}
 
-    def _observed(self, guided: bool, runner: Runner) -> Iterator[tuple[str, Moments]]:
-        return dense_moments(self.graph_module, self.calls, runner, self.sensed if guided else None, self.ranks)
+    def _observed(
+        self, guided: bool, runner: Runner, tokens: int | None, *, channels: bool = True
+    ) -> Iterator[tuple[str, Moments]]:
+        chosen, share = self._chosen(tokens)
+        calls = [self.calls[index] for index in chosen]
+        sensed = self.sensed.of(chosen, share) if guided else None
+        return dense_moments(self.graph_module, calls, runner, sensed, self.ranks, channels=channels)
+
+    def _chosen(self, tokens: int | None) -> tuple[list[int], float]:
+        """Numbers of this process's calls that hold, with those of the others, so many tokens; and their share of all.
+
+        Calls count in the order in which they are dealt out (:class:`mpfx.lm.EachOnce`), as in a single process.
+        """
+        counts = self.ranks.gathered(lambda: [tokens_of(call) for call in self.calls])
+        dealt = sorted((index, rank) for rank, own in enumerate(counts) for index in range(len(own)))
+        chosen = _spread([counts[rank][index] for index, rank in dealt], tokens)
+        own = [index for index, rank in (dealt[number] for number in chosen) if rank == self.ranks.rank]
+        return own, len(chosen) / len(dealt)
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,18 @@ class Compressed:
     graph_module: fx.GraphModule
     solved: tuple[SolvedGroup, ...]
     seconds: dict[str, float]
+
+
+def _spread(counts: Sequence[int], least: int | None) -> list[int]:
+    """Numbers of batches, evenly spread, that hold at least so many tokens; all if there are no more than that."""
+    if least is None or sum(counts) <= least:
+        return list(range(len(counts)))
+    number = next(k for k in range(1, len(counts) + 1) if sum(counts[i] for i in _every(len(counts), k)) >= least)
+    return _every(len(counts), number)
+
+
+def _every(count: int, number: int) -> list[int]:
+    return [index * count // number for index in range(number)]
 
 
 @torch.no_grad()

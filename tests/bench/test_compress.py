@@ -83,6 +83,14 @@ def test_every_stage_has_its_time_and_floor(folder: str, guided: bool, monkeypat
     assert ("sense" in found.floors) == guided
 
 
+def test_unguided_is_plain_unless_told_otherwise() -> None:
+    plain, guided = CompressConfig(device="cpu").compression, CompressConfig(device="cpu", guided=True).compression
+    assert (plain.power, plain.corrected, plain.offload) == (0, 0, "never")
+    assert (guided.power, guided.corrected) == (0.5, 0.5)
+    other = CompressConfig(device="cpu", correction=0.25, streaming=True, allocation_tokens=10).compression
+    assert (other.corrected, other.offload, other.allocation_tokens) == (0.25, "always", 10)
+
+
 def test_nothing_is_left_wrapped(folder: str) -> None:
     def wrapped() -> list[Any]:
         return [vars(Pack)["__call__"], vars(solve)["sweep"], vars(MomentAccumulator)["update"]]

@@ -132,7 +132,9 @@ def perplexity(devices: int) -> Any:
 CASES: dict[str, Callable[[int], Any]] = {
     "guided": lambda devices: language_model(devices, bits_per_weight=4),
     "scaled": lambda devices: known_calls(devices, bits_per_weight=4, guidance=0, correction=0),
-    "tiers": lambda devices: known_calls(devices, bits_per_weight=4, allocation="budget", sparsity=0.5),
+    "tiers": lambda devices: known_calls(
+        devices, bits_per_weight=4, allocation="budget", sparsity=0.5, allocation_tokens=384
+    ),
     "own": own_module,
     "experts": experts,
     "known calls": lambda devices: known_calls(devices, code_bits=4, allocation="fixed", fold_scales=False),
