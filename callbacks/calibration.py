@@ -1,18 +1,23 @@
 """Watch a module during a validation loop: its real calls, and what the outputs of its Linears mean to the loss."""
 
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -20,6 +25,7 @@ from mpfx.graph import bind_inputs, first_samples
 from mpfx.passes import (
     Calibration,
     CompressionConfig,
+    Ranks,
     Runner,
     Sensed,
     Sensing,
@@ -27,8 +33,9 @@ from mpfx.passes import (
     located,
     located_graph,
     most_bytes,
-    padding_masks,
     run_passes,
+    sense_by_blocks,
+    tokens_of,
 )
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
@@ -101,8 +108,11 @@ class ModelCalibration(Callback):
     guidance, it runs every batch once more, forward and backward, for the sensitivity of the loss; the loop's own
     results are undisturbed. What the Linears read is observed after the loop, block by block.
 
+    Under a Trainer with several devices (strategy ddp) every process gathers from its own batches, and the sums of all
+    count every sample once: samples that a sampler repeats, to give all processes as many, are refused.
+
     Args:
-        configs: what will be done: one or more, alike in scope, passes, strictness and `offload`.
+        configs: what will be done: one or more, alike in scope, passes, strictness, `offload` and `allocation_tokens`.
         module: path of the submodule to compress; "" for the LightningModule itself.
         loss: what is differentiated: mean loss of a batch, a scalar; None: what the module's `validation_step` returns
             (itself, or under "loss"). A step that does more than that, such as collecting results, needs it: the step
@@ -114,14 +124,16 @@ class ModelCalibration(Callback):
     """
 
     def __init__(self, *configs: CompressionConfig, module: str = "", loss: Loss | None = None) -> None:
-        for name in ("scope", "passes", "strict", "offload"):
+        for name in ("scope", "passes", "strict", "offload", "allocation_tokens"):
             if any(getattr(config, name) != getattr(configs[0], name) for config in configs):
                 raise ValueError(f"Expected configs of one calibration to be alike in `{name}` but they differ.")
         self.configs, self.module, self.loss = configs, module, loss
         self.seconds: dict[str, float] = {}
         self.calibration: Calibration | None = None
+        self._ranks = Ranks()
         self._recorder: CallRecorder | None = None
         self._sensing: Sensing | None = None
+        self._first_tokens = 1
         self._random: list[Tensor] = []
         self._batch: Any = None
         self._sensed = 0
@@ -140,28 +152,56 @@ class ModelCalibration(Callback):
             return
         self._begin(trainer, pl_module)
 
-    def take_calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calls: Iterable[dict[str, Any]]) -> None:
-        """Take the place of a validation loop where no loss is needed: the module runs on no call as a whole.
+    def take_calls(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        calls: Iterable[dict[str, Any]],
+        loss: Callable[[Any, int], Tensor] | None = None,
+    ) -> None:
+        """Take the place of a validation loop: the module runs block by block, never as a whole.
 
         Args:
             trainer: whose precision and device are computed in; it does not run.
             pl_module: on the device to compute on; or on the host, then its blocks move to the device one at a time.
-            calls: keyword arguments of every call of the target module, where the module is.
+            calls: keyword arguments of every call of the target module, where the module is; of several processes,
+                which have to be started already, each has its own.
+            loss: from what the target module returned (as its graph returns it) and the number of the call to a scalar
+                that can be differentiated, as :data:`Loss`; needed with guidance.
 
         Raises:
-            ValueError: if a loss is needed.
+            ValueError: if a loss is needed and not given, or cannot be differentiated.
         """
-        if self.guided:
-            raise ValueError("Expected a config with `guidance: 0`: run `trainer.validate` with this callback.")
+        if self.guided and loss is None:
+            raise ValueError(
+                "Expected a `loss` with guidance, or a config with `guidance: 0`, or run `trainer.validate` with this "
+                "callback."
+            )
         recorder = self._begin(trainer, pl_module)
         try:
-            with torch.inference_mode(), trainer.precision_plugin.forward_context():
-                for call in calls:
-                    recorder.record((), call)
+            with self._ranks.together():
+                with torch.inference_mode(), trainer.precision_plugin.forward_context():
+                    for call in calls:
+                        recorder.record((), call)
+                gm = self._graph_module(pl_module, recorder)
+                if self.guided and loss is not None:
+                    self._sense(gm, recorder.calls, loss)
         except BaseException:
             self._drop()
             raise
         self._end(trainer, pl_module, recorder)
+
+    def _sense(self, gm: fx.GraphModule, calls: list[dict[str, Any]], loss: Callable[[Any, int], Tensor]) -> None:
+        assert self._sensing is not None
+        started = time.perf_counter()
+
+        def scaled(output: Any, index: int) -> Tensor:
+            value = loss(output, index)
+            return value * (tokens_of(calls[index]) / self._first_tokens * _LOSS_SCALE)
+
+        with torch.inference_mode(False):
+            sense_by_blocks(self._sensing, gm, calls, scaled, self._runner, self._ranks)
+        self.seconds["sense"] = time.perf_counter() - started
 
     @property
     def guided(self) -> bool:
@@ -169,10 +209,8 @@ class ModelCalibration(Callback):
         return any(config.power for config in self.configs)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CallRecorder:
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"Expected one process to calibrate in but the Trainer runs {trainer.world_size}: use `devices=1`."
-            )
+        check_shares(trainer)
+        self._ranks = Ranks.of(trainer.world_size, trainer.strategy.root_device)
         self._runner = runner_of(trainer, self.configs[0])
         self._recorder = CallRecorder(self._target(pl_module), partial(self._prepare, pl_module))
         self._recorder.open()
@@ -219,7 +257,7 @@ class ModelCalibration(Callback):
         self._sensed += 1
         started, recorded = time.perf_counter(), self._recorder.calls
         # A mean over fewer would count each of them more.
-        share = averaged_over(recorded[-1]) / averaged_over(recorded[0])
+        share = tokens_of(recorded[-1]) / self._first_tokens
 
         def loss() -> Tensor:
             with trainer.precision_plugin.forward_context():
@@ -243,18 +281,11 @@ class ModelCalibration(Callback):
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, recorder: CallRecorder) -> None:
         recorder.close()
-        other = self.seconds.get("trace", 0.0) + self.seconds.get("sense", 0.0)
-        self.seconds["observe"] = time.perf_counter() - self._started - other
-        if recorder.graph_module is None:
-            raise RuntimeError(
-                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
-                "nothing to trace: name the submodule that `validation_step` calls, as in "
-                "ModelCompression(config, module='model')."
-            )
         try:
-            sensed = Sensed() if self._sensing is None else self._sensing.finalise()
-            self._sensing = None
-            calibration = Calibration(recorder.graph_module, recorder.calls, sensed)
+            with self._ranks.together():
+                calibration = self._gathered(pl_module, recorder)
+            other = self.seconds.get("trace", 0.0) + self.seconds.get("sense", 0.0)
+            self.seconds["observe"] = time.perf_counter() - self._started - other
             self._finish(trainer, pl_module, calibration)
         except BaseException:
             self._drop()
@@ -262,12 +293,27 @@ class ModelCalibration(Callback):
         self._way_back.pop_all()  # from here on the changes stay, and the dense weights may go
         self._recorder = None
 
+    def _gathered(self, pl_module: pl.LightningModule, recorder: CallRecorder) -> Calibration:
+        """What was recorded in this process, with what the loss feels in all."""
+        gm = self._graph_module(pl_module, recorder)
+        sensed = Sensed() if self._sensing is None else self._sensing.finalise(self._ranks)
+        self._sensing = None
+        return Calibration(gm, recorder.calls, sensed, ranks=self._ranks)
+
+    def _graph_module(self, pl_module: pl.LightningModule, recorder: CallRecorder) -> fx.GraphModule:
+        if recorder.graph_module is None:
+            raise RuntimeError(
+                f"module {self.module or type(pl_module).__name__!r} was not called during validation, so there is "
+                "nothing to trace: name the submodule that `validation_step` calls, as in "
+                "ModelCompression(config, module='model')."
+            )
+        return recorder.graph_module
+
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
         started = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            calibration.keep(self.configs, self._runner)
+            self.calibration = calibration.keeping(self.configs, self._runner)
         self.seconds["observe"] += time.perf_counter() - started
-        self.calibration = calibration
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -297,6 +343,14 @@ class ModelCalibration(Callback):
             ) from None
 
     def _prepare(self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+        with self._ranks.together() as exchange:
+            gm = self._traced(whole, args, kwargs)
+            firsts = exchange(FirstCall.of(gm, bind_inputs(gm, args, kwargs)))
+        check_alike(firsts)
+        self._first_tokens = firsts[0].tokens
+        return gm
+
+    def _traced(self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
         assert self._recorder is not None
         started = time.perf_counter()
         config = self.configs[0]
@@ -320,19 +374,78 @@ def runner_of(trainer: pl.Trainer, config: CompressionConfig) -> Runner:
     return Runner(device, trainer.precision_plugin.forward_context, most_bytes(device, config.offload))
 
 
-def averaged_over(values: Mapping[str, Any]) -> int:
-    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
+@dataclass(frozen=True)
+class FirstCall:
+    """What processes tell each other of their first calls.
 
-    Args:
-        values: inputs of the call.
+    Attributes:
+        digest: of the tensors in it.
+        tokens: see :func:`mpfx.passes.tokens_of`.
+        groups: names of the input groups.
     """
-    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
-    if first is None:
-        return 1
-    if first.dtype.is_floating_point or first.dim() < 2:
-        return max(len(first), 1)
-    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
-    return max(first.numel() if mask is None else int(mask.sum()), 1)
+
+    digest: str
+    tokens: int
+    groups: list[str]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, values: Mapping[str, Any]) -> "FirstCall":
+        """Sum up a call."""
+        hashed = hashlib.sha256()
+        for tensor in (leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)):
+            hashed.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        names = [group.name for group in located(gm)]
+        return cls(hashed.hexdigest(), tokens_of(values), names)
+
+
+def check_alike(firsts: Sequence[FirstCall]) -> None:
+    """Refuse processes that calibrate on the same batches, or on different models.
+
+    Raises:
+        ValueError: naming the processes.
+    """
+    for rank, call in enumerate(firsts[1:], 1):
+        if call.groups != firsts[0].groups:
+            raise ValueError(
+                f"Expected the same model in all processes but process {rank} found the input groups {call.groups[:3]} "
+                f"... and process 0 {firsts[0].groups[:3]} ..."
+            )
+        if call.digest == firsts[0].digest:
+            raise ValueError(
+                f"Expected batches of its own in every process but {rank} got the same first one as 0, so that samples "
+                "would count twice: leave `use_distributed_sampler` of the Trainer on, or share out the data set."
+            )
+
+
+def check_shares(trainer: pl.Trainer) -> None:
+    """Refuse processes whose model nobody sees or that hold parts of it only, and samplers that give samples twice.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "Expected a strategy whose processes go on after the loop but got one that spawns or forks them, and the "
+            "compressed model would go with them: use `strategy='ddp'`, in a script, or `devices=1` with strategy auto."
+        )
+    if trainer.world_size == 1:
+        return
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise ValueError(
+            f"Expected strategy ddp, where every process has the whole model, but got {type(trainer.strategy).__name__}"
+            f" with {trainer.world_size} processes: use `strategy='ddp'` or `devices=1`."
+        )
+    loaders = pytree.tree_leaves(trainer.val_dataloaders)
+    for holder in (*loaders, *(getattr(loader, "batch_sampler", None) for loader in loaders)):
+        sampler = getattr(holder, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+            samples = len(sampler.dataset)  # type: ignore[arg-type]
+            if repeated := sampler.total_size - samples:
+                raise ValueError(
+                    f"Expected a number of samples that {trainer.world_size} processes can share evenly but got "
+                    f"{samples}, of which the sampler repeats {repeated}, which would count twice: leave out "
+                    f"{samples % trainer.world_size}, or give the loader `sampler=mpfx.lm.EachOnce(data, batch_size)`."
+                )
 
 
 @contextmanager

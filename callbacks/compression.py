@@ -8,6 +8,7 @@ from torch import fx
 from typing_extensions import override
 
 from mpfx.callbacks.calibration import Loss, ModelCalibration
+from mpfx.lm import leave_out_of_sync
 from mpfx.passes import Calibration, CompressionConfig, SolvedGroup, compress_calibrated
 
 
@@ -60,6 +61,7 @@ class ModelCompression(ModelCalibration):
         self.seconds["observe"] += compressed.seconds.pop("observe", 0.0)
         self.seconds.update(compressed.seconds)
         self.graph_module, self.solved = compressed.graph_module, compressed.solved
+        leave_out_of_sync(pl_module)
 
     def _bar(self, trainer: pl.Trainer) -> Progress:
         shown = self.progress and trainer.progress_bar_callback is not None and trainer.is_global_zero

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from mpfx.graph import TraceError
-from mpfx.passes import PassError
+from mpfx.passes import PassError, RankError, was_told
 
 if TYPE_CHECKING:
     from mpfx.allocate import Domain, OptimalConfig
@@ -42,6 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         reason: object = f"out of memory; {command.smaller}. {error}"
     except Exception as error:
+        if not _first() and was_told(error):
+            return 0  # the first process tells; another status would end it before it has
         if not _refused(error):
             raise
         reason = error.__cause__ if isinstance(error, PassError) else error
@@ -57,11 +59,17 @@ def _chosen(options: Namespace) -> "tuple[str, _Command, Namespace]":
     return name, _COMMANDS[name], own
 
 
+def _first() -> bool:
+    """Whether this is the only process, or the one of several that tells."""
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")  # not loaded: there is one
+    return lightning is None or lightning.rank_zero_only.rank == 0
+
+
 def _refused(error: Exception) -> bool:
     """Whether an error is about what the user gave."""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not loaded: it cannot have raised
     misconfigured = () if lightning is None else (lightning.MisconfigurationException,)
-    return isinstance(error, (ValueError, OSError, ImportError, PassError, TraceError, *misconfigured))
+    return isinstance(error, (ValueError, OSError, ImportError, PassError, TraceError, RankError, *misconfigured))
 
 
 class _Parser(ArgumentParser):
@@ -77,6 +85,7 @@ def _logging(level: str) -> Iterator[None]:
     """Send what mpfx logs at ``level`` and above to standard error."""
     logger, handler = logging.getLogger("mpfx"), RichHandler(console=Console(stderr=True), show_path=False)
     before = logger.level
+    handler.addFilter(lambda record: _first())
     logger.setLevel(level.upper())
     logger.addHandler(handler)
     try:
@@ -130,7 +139,9 @@ def _compress(options: Namespace) -> int:
 
     fields = vars(options).copy()
     del fields["config"], fields["log_level"]
-    compress(RunConfig(**fields)).print(Console())
+    report = compress(RunConfig(**fields))
+    if _first():
+        report.print(Console())
     return 0
 
 
@@ -159,6 +170,8 @@ def _evaluate(options: Namespace) -> int:
         progress=options.progress and not options.json,
         trust_remote_code=options.trust_remote_code,
     )
+    if not _first():
+        return 0
     if options.json:
         print(json.dumps(result))
     else:
@@ -326,7 +339,8 @@ def _quality(options: Namespace) -> int:
 
 def _tell(text: str) -> None:
     """Print a line about what goes on, beside the results."""
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    if _first():
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _generate_parser() -> _Parser:
@@ -367,8 +381,10 @@ def _bench_compress_parser() -> _Parser:
     built.add_argument("--sparsity", type=float, help="Share of the weights to prune.")
     built.add_argument("--guided", action="store_true", help="Gather and use sensitivities of the loss.")
     built.add_argument("--correction", type=float, help="Share of earlier blocks' error that is made up for.")
+    built.add_argument("--allocation_tokens", type=int, help="Tokens that bits are given by. Default: all.")
     built.add_argument("--streaming", action="store_true", help="Keep the model on the host, move block by block.")
     built.add_argument("--plain", type=bool, default=True, help="Run the plain loop on one block too.")
+    built.add_argument("--devices", type=int, default=1, help="How many devices of that kind share the work.")
     built.add_argument("--parts", type=bool, default=True, help="Measure parts of stages too, which takes time.")
     _add_device(built)
     return built
@@ -425,6 +441,8 @@ def _new_file(path: str | None) -> Path | None:
 
 def _print_bench(found: "BenchReport", output: Path | None) -> None:
     """Print a report as Markdown, and write it as JSON."""
+    if not _first():
+        return
     from mpfx.report import markdown
 
     if output is not None:

@@ -21,17 +21,25 @@ class TrainerConfig:
 
     Args:
         accelerator: Lightning's name of the device: auto, cpu, gpu.
-        devices: number of devices; 1.
+        devices: number of devices of each machine; several share calibration, evaluation and solving.
+        nodes: number of machines; with several, start the command on each as Lightning's clusters do (torchrun, SLURM).
         precision: Lightning's name of the precision, such as 32-true or bf16-mixed.
     """
 
     accelerator: str = "auto"
     devices: int = 1
+    nodes: int = 1
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        if self.devices != 1:
-            raise ValueError(f"Expected `trainer.devices` to be 1 but got {self.devices}.")
+        for name in ("devices", "nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `trainer.{name}` of 1 or more but got {getattr(self, name)}.")
+
+    @property
+    def processes(self) -> int:
+        """How many there are: one a device."""
+        return self.devices * self.nodes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from mpfx.session import (
     allocation_report,
     check_length,
     check_output,
+    check_shares,
     measured,
     measured_domains,
     sizes,
@@ -38,9 +39,12 @@ _NO_TOKENIZER = "no usable tokenizer; save one along with mpfx.save(model, path,
 def compress(config: RunConfig) -> Report:
     """Compress a language model; write checkpoint, plan, frontier and report to ``config.output``.
 
+    On several devices this program runs once for each; the first process writes, and all return the report.
+
     Raises:
         ValueError: for a model, text or size that cannot be had, before anything is written.
         FileNotFoundError: likewise.
+        RankError: if another process failed.
     """
     check_output(Path(config.output), is_checkpoint)
     if is_checkpoint(config.model):
@@ -56,8 +60,7 @@ def compress(config: RunConfig) -> Report:
     gm = callback.graph_module
     assert gm is not None
     with measured(session.seconds, "save"), status(f"saving to {config.output}", config.progress):
-        stored = save(model, config.output, tokenizer=session.source.tokenizer)
-        _save_decisions(gm, callback.solved, config)
+        stored = session.ranks.once(lambda: _save(session, gm, callback.solved, config))
     allocation = allocation_report(gm, config)
     report = Report(
         model=config.model,
@@ -71,18 +74,28 @@ def compress(config: RunConfig) -> Report:
         notes=[*_notes(config, callback.solved, allocation), *map(str, opaque_parts(gm))],
         config=_plain(config),
     )
-    report.save(Path(config.output) / REPORT)
-    write_card(Path(config.output), Path(config.output), model_card(config.output, type(model).__name__, report))
+    session.ranks.once(lambda: _save_report(report, model_card(config.output, type(model).__name__, report), config))
     return report
 
 
-def _save_decisions(gm: fx.GraphModule, solved: tuple[SolvedGroup, ...], config: RunConfig) -> None:
-    """Write what the checkpoint's widths follow from; nothing of an earlier run stays."""
+def _save(session: Session, gm: fx.GraphModule, solved: tuple[SolvedGroup, ...], config: RunConfig) -> int:
+    """Write the checkpoint, and what its widths follow from; nothing of an earlier run stays.
+
+    Returns:
+        Bytes of the weight tensors.
+    """
+    stored = save(session.source.model, config.output, tokenizer=session.source.tokenizer)
     save_plan([group.plan for group in solved], Path(config.output) / PLAN_FILE)
     if measured := measured_domains(gm, config):
         save_frontier(measured, config.output)
     else:
         remove_frontier(config.output)
+    return stored
+
+
+def _save_report(report: Report, card: str, config: RunConfig) -> None:
+    report.save(Path(config.output) / REPORT)
+    write_card(Path(config.output), Path(config.output), card)
 
 
 def evaluate(
@@ -103,6 +116,7 @@ def evaluate(
         check_length(source, evaluation=evaluation.length)
         data = TextDataModule(source.tokenizer, evaluation=evaluation)
         data.setup("validate")
+        check_shares(trainer, evaluation=data.val_dataloader())
     result = validate(trainer_of(trainer, progress), CausalLM(source.model), data.val_dataloader())
     windows, length = data.evaluation_windows.shape
     return {"model": model, **result, "tokens": windows * (length - 1), "bytes": tensor_bytes(source.model)}

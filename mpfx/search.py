@@ -163,6 +163,11 @@ def run_all(
         raise ValueError(
             f"Expected a variant that is a valid config but got none: {[v.problem for v in variants][:3]}."
         )
+    if configs[0].trainer.processes > 1:
+        raise ValueError(
+            f"Expected one device for many runs on one calibration but got {configs[0].trainer.processes}: set "
+            "`trainer.devices: 1`; `mpfx compress` runs on several."
+        )
     session = Session(configs[0], also=[replace(configs[0].evaluation, data=text) for text in also])
     problems = iter(session.problems(configs))
     known = [v.problem if v.config is None else next(problems) for v in variants]

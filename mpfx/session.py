@@ -13,14 +13,25 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from mpfx.allocate import Domain, relative_gap
 from mpfx.callbacks import ModelCalibration
 from mpfx.callbacks.calibration import runner_of
 from mpfx.config import RunConfig, TrainerConfig
-from mpfx.graph import trace
+from mpfx.graph import bind_inputs, trace
 from mpfx.hub.source import Source, load_model
-from mpfx.lm import CausalLM, EvaluationData, TextDataModule, make_trainer
+from mpfx.lm import (
+    CausalLM,
+    EvaluationData,
+    Perplexity,
+    TextDataModule,
+    is_first_process,
+    losses_of,
+    make_trainer,
+    scored,
+    start_processes,
+)
 from mpfx.lm import evaluate as validate
 from mpfx.lm.module import model_inputs
 from mpfx.lm.text import parse_source
@@ -28,6 +39,7 @@ from mpfx.passes import (
     ALLOCATIONS,
     Calibration,
     CompressionConfig,
+    Ranks,
     SolvedGroup,
     analysis,
     check_feasible,
@@ -38,7 +50,18 @@ from mpfx.passes import (
 from mpfx.passes.allocate import domains
 from mpfx.report import AllocationReport, SiteReport
 
-SHARED = ("model", "calibration", "evaluation", "trainer", "trust_remote_code", "scope", "passes", "strict", "offload")
+SHARED = (
+    "model",
+    "calibration",
+    "evaluation",
+    "trainer",
+    "trust_remote_code",
+    "scope",
+    "passes",
+    "strict",
+    "offload",
+    "allocation_tokens",
+)
 """Fields in which the configs of one session have to be alike: they make the calibration what it is."""
 
 
@@ -91,7 +114,10 @@ class Session:
             lengths = {"calibration": config.calibration.length, "evaluation": config.evaluation.length}
             check_length(self.source, **lengths)
             self.data.setup("validate")
+            check_shares(config.trainer, calibration=self.data.calibration_dataloader())
             self._texts = {config.evaluation.data: self.data, **dict(self._further(also))}
+        for text in self._texts.values():
+            check_shares(config.trainer, evaluation=text.val_dataloader())
         self.module = CausalLM(self.source.model)
         self._calibration: Calibration | None = None
 
@@ -107,6 +133,11 @@ class Session:
             data = TextDataModule(self.source.tokenizer, evaluation=text)
             data.setup("validate")
             yield text.data, data
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes, once something was measured."""
+        return Ranks.of(self.trainer.world_size, self.trainer.strategy.root_device)
 
     def problems(self, configs: Sequence[CompressionConfig]) -> list[str | None]:
         """Tell, before any work, why each of these configs cannot be done; None where nothing speaks against it.
@@ -145,25 +176,41 @@ class Session:
     def measure(self) -> dict[str, float]:
         """Perplexity of the model as it is, by name of the text."""
         with measured(self.seconds, "evaluate"):
-            return {
-                name: validate(self.trainer, self.module, data.val_dataloader())["perplexity"]
-                for name, data in self._texts.items()
-            }
+            start_processes(trainer_of(self.config.trainer, progress=False))
+            large = any(self.ranks.gathered(self._has_no_room))
+            return {name: (self._by_blocks if large else self._validated)(data) for name, data in self._texts.items()}
+
+    def _has_no_room(self) -> bool:
+        device = self.trainer.strategy.root_device
+        return self.config.offload != "never" and stays_on_host(self.module, device, "auto")
+
+    def _validated(self, data: TextDataModule) -> float:
+        return validate(self.trainer, self.module, data.val_dataloader())["perplexity"]
+
+    @torch.no_grad()
+    def _by_blocks(self, data: TextDataModule) -> float:
+        """Perplexity of a model that has no room on the device, whose blocks move there one at a time."""
+        model, runner = self.source.model, runner_of(self.trainer, self.config)
+        self.trainer.precision_plugin.convert_module(self.module).to("cpu")
+        batches = list(data.val_dataloader())
+        gm = trace(model, (), model_inputs(model, batches[0]))
+        values = (bind_inputs(gm, (), model_inputs(model, batch)) for batch in batches)
+        perplexity = Perplexity().to(self.ranks.device)
+        for batch, output in zip(batches, runner.outputs(gm, values), strict=True):
+            perplexity.update(*scored(output, batch))
+        return float(perplexity.compute())
 
     def loop(self, callback: ModelCalibration) -> None:
-        """Hand the calibration data to a callback; a validation loop runs if it needs a loss."""
+        """Hand the calibration data to a callback; the model runs block by block."""
         trainer = trainer_of(self.config.trainer, self.config.progress, callback)
         batches = self.data.calibration_dataloader()
-        if callback.guided:
-            validate(trainer, self.module, batches)
-            return
         device = trainer.strategy.root_device
         trainer.precision_plugin.convert_module(self.module)
         home = torch.device("cpu") if stays_on_host(self.module, device, self.config.offload) else device
         self.module.to(home)
         inputs = (model_inputs(self.source.model, batch) for batch in batches)
         moved = (pytree.tree_map_only(Tensor, lambda t: t.to(home), values) for values in inputs)
-        callback.take_calls(trainer, self.module, moved)
+        callback.take_calls(trainer, self.module, moved, losses_of(list(batches)))
 
     def calibrate(self, configs: Sequence[CompressionConfig]) -> None:
         """Measure the dense model and gather, in one loop, all that these configs need; :meth:`check` them before."""
@@ -209,7 +256,17 @@ class Session:
 
 def trainer_of(config: TrainerConfig, progress: bool, *callbacks: Callback) -> Trainer:
     """A Trainer for validation loops."""
-    return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress)
+    return make_trainer(config.accelerator, config.devices, config.precision, callbacks, progress, config.nodes)
+
+
+def check_shares(config: TrainerConfig, **loaders: DataLoader[Any]) -> None:
+    """Refuse fewer batches than processes, before any process is started: each needs one at least."""
+    for name, loader in loaders.items():
+        if len(loader) < config.processes:
+            raise ValueError(
+                f"Expected at least one batch for each of {config.processes} devices but {name} has {len(loader)}: "
+                f"lower `{name}.batch_size` or raise `{name}.samples`, or use fewer `trainer.devices`."
+            )
 
 
 def check_output(folder: Path, earlier: Callable[[Path], bool]) -> None:
@@ -253,8 +310,8 @@ def measured(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def status(text: str, shown: bool) -> AbstractContextManager[Any]:
-    """Show a spinner while something runs that has no progress of its own."""
-    return Console(stderr=True).status(text) if shown else nullcontext()
+    """Show a spinner, in the first process, while something runs that has no progress of its own."""
+    return Console(stderr=True).status(text) if shown and is_first_process() else nullcontext()
 
 
 def sizes(solved: Sequence[SolvedGroup]) -> dict[str, Any]:

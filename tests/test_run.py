@@ -84,6 +84,20 @@ def test_what_observes_nothing_equals_a_loop_that_runs_the_model(folder: Path, t
     assert all(torch.equal(tensor, stored[name]) for name, tensor in expected.items())
 
 
+def test_a_model_that_has_no_room_is_measured_block_by_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = yaml.safe_load((ROOT / "configs" / "opt-125m.yaml").read_text())
+    fields["calibration"] |= {"data": f"{folder / 'c4'}:en:train", "samples": 8, "length": 32}
+    fields["evaluation"] |= {"data": f"{folder / 'c4'}:en:validation", "samples": 8, "length": 32}
+    config = parse_run({**fields, "model": str(folder / "opt"), "trainer": {"accelerator": "cpu"}, "progress": False})
+    session, runs = Session(config), []
+    (expected,) = session.measure().values()
+    session.source.model.register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr("mpfx.session.stays_on_host", lambda *_: True)
+    (found,) = session.measure().values()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(runs) <= 1  # tracing may run the module once
+
+
 def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(folder, tmp_path / "out")) == 0
     shown = capsys.readouterr().out
@@ -175,6 +189,29 @@ def numels(output: Path) -> list[int]:
     return [m.in_features * m.out_features for m in modules]
 
 
+def test_two_devices_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
+    """Lightning starts the command once more; the first process alone prints and writes."""
+    one, two = (arguments(folder, tmp_path / name, *_OPTIMAL, "4") for name in ("one", "two"))
+    assert main(one) == 0
+    command = [sys.executable, "-W", "ignore", "-m", "mpfx.cli", *two, "--trainer.devices", "2"]
+    clean = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gap to the best allocation") == 1
+    names = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert load_plan(tmp_path / "two" / "plan.json") == load_plan(tmp_path / "one" / "plan.json")
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    for text in ("dense", "compressed"):
+        assert reports[1]["perplexity"][text] == pytest.approx(reports[0]["perplexity"][text], rel=1e-3)
+
+
+def test_searches_run_on_one_device(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    more = ["--trainer.devices", "2", "--vary", "code_bits", "3", "4"]
+    assert main(["sweep", *arguments(folder, tmp_path / "out", *more)[1:]]) == 2
+    assert "one device for many runs" in capfd.readouterr().err.replace("\n", " ")
+
+
 _ROWS = ("--grid.scale_bits", "16", "--grid.group_size", "null")  # scales of whole rows
 
 
@@ -208,7 +245,8 @@ def test_options_reach_the_run(folder: Path, tmp_path: Path, more: tuple[str, ..
         (["--bits_per_weight", "4"], "exactly one of `bits_per_weight`"),
         (["--sparsity", "1.5"], "`sparsity` to be a fraction"),
         (["--importance.weight", "-1"], "importance.weight"),
-        (["--trainer.devices", "2"], "`trainer.devices` to be 1"),
+        (["--trainer.devices", "0"], "`trainer.devices` of 1 or more"),
+        (["--trainer.devices", "9"], "at least one batch for each of 9 devices but calibration has 8"),
         (["--calibration.samples", "0"], "calibration.samples"),
         (["--calibration.samples", "100000"], "calibration.data"),
         (["--calibration.data", "nothing.txt"], "nothing.txt"),

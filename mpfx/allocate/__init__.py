@@ -3,7 +3,7 @@
 from mpfx.allocate.answer import Answer, Kind, answer
 from mpfx.allocate.choose import Allocation, OptimalConfig, WidthLimit, check_ties, choose, relative_gap
 from mpfx.allocate.fit import SignalFit, fit_signals
-from mpfx.allocate.frontier import Curve, Frontier, GroupFrontier, unit_sums, with_curves
+from mpfx.allocate.frontier import MOST_ROWS, Curve, Frontier, GroupFrontier, unit_sums, with_curves
 from mpfx.allocate.importance import ImportanceConfig, block_means, importance, raw_signals, signals
 from mpfx.allocate.plan import GroupPlan, code_bits_per_weight, confined_order, is_free, stored_bits_per_weight
 from mpfx.allocate.planfile import PLAN_FILE, PlanEntry, load_plan, save_plan
@@ -12,6 +12,7 @@ from mpfx.allocate.storage import Domain, load_frontier, remove_frontier, save_f
 from mpfx.allocate.strategies import ThresholdConfig, TierConfig, budget, fixed, quantile, threshold
 
 __all__ = [
+    "MOST_ROWS",
     "PLAN_FILE",
     "SAMPLE",
     "Allocation",

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mpfx.graph import PermutationFold
-from mpfx.nn.layout import RAW_BITS, SEGMENT, Layout, permutation_bytes, stored_bytes
-from mpfx.solve import GridConfig, Sparsity, prune_lowest, prune_n_of_m, round_nearest
+from mpfx.nn.layout import RAW_BITS, SCALE_BITS, SEGMENT, Layout, permutation_bytes, stored_bytes
+from mpfx.solve import GridConfig, Sparsity, fit_bases, prune_lowest, prune_n_of_m, round_nearest
 
-_MOST_ROWS = 1024  # enough to compare widths; a sample of the rows stands for all
+MOST_ROWS = 1024
+"""Rows that are enough to compare widths: a sample that stands for all."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,19 @@ def measure_curve(
     Returns:
         ``(units, widths)`` float64.
     """
-    step = -(-len(weight) // _MOST_ROWS)
+    step = -(-len(weight) // MOST_ROWS)
     sample = weight[::step]
     cost = diagonal.double().pow(-2) * (len(weight) / len(sample) / 2)
     pruned = _pruned(sample, diagonal, sparsity)
-    columns = []
+    columns, bases = [], None
     for bits in widths:
         layout = Layout(weight.shape[1], (bits,) * -(-weight.shape[1] // SEGMENT), grid.group_size)
-        change = round_nearest(sample, layout, grid, pruned) - sample
+        if layout.grids and bases is None and grid.scale_bits == SCALE_BITS:
+            bases = fit_bases(sample.t(), layout, grid)  # the same for all widths
+        change = round_nearest(sample, layout, grid, pruned, bases) - sample
         per_channel = change.square().sum(0, dtype=torch.float64) * cost
         columns.append(per_channel)
-    return unit_sums(torch.stack(columns), unit).t().cpu()
+    return unit_sums(torch.stack(columns), unit).t().contiguous().cpu()
 
 
 def unit_sums(values: Tensor, unit: int) -> Tensor:

@@ -2,23 +2,23 @@
 
 import copy
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.data import DataLoader
 
 from mpfx.bench.device import current, device_of, dtype_of, environment, last_level_cache
 from mpfx.bench.models import config_of, random_model
 from mpfx.bench.plain import plain_block, solve_plain
 from mpfx.bench.report import place
-from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SOLVE, Meter, Stage
+from mpfx.bench.stages import ALLOCATE, HESSIAN, OBSERVE, SHARE, SOLVE, Meter, Stage
 from mpfx.bench.timing import Stopwatch, copy_speed, matmul_speed, stopwatch
 from mpfx.callbacks import ModelCompression
 from mpfx.graph import bind_inputs, blocks, last_readers, linear_weight, run_block, traced_module
-from mpfx.lm import CausalLM, evaluate, make_trainer
+from mpfx.lm import CausalLM, EachOnce, is_first_process, losses_of, make_trainer, start_processes
 from mpfx.lm.module import model_inputs
 from mpfx.passes import CompressionConfig, located, located_graph
 from mpfx.report import reset_peak_memory
@@ -51,10 +51,12 @@ class CompressConfig:
         guided: whether the loss's sensitivities are gathered and used.
         correction: share of earlier blocks' error that is made up for, which takes another run of the dense model.
             None: as by default if guided, else 0.
+        allocation_tokens: that bits are given by; None: all.
         streaming: whether the model stays on the host and its blocks move to the device one at a time.
         plain: whether the plain loop runs too, on one block: 4-bit codes in groups of 128, the same sparsity.
         parts: whether the parts of stages are measured too. The device is waited for at the bounds of each, which takes
             time: without them stages are as fast as they are.
+        devices: how many share calibration and solving: of the kind of `device`, numbered from 0.
         device: cpu, cuda or cuda:<number>; None: a CUDA device if there is one.
         dtype: of the model; None: bfloat16 on a CUDA device, float32 on the CPU.
 
@@ -71,22 +73,29 @@ class CompressConfig:
     sparsity: float | None = None
     guided: bool = False
     correction: float | None = None
+    allocation_tokens: int | None = None
     streaming: bool = False
     plain: bool = True
     parts: bool = True
+    devices: int = 1
     device: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch"):
+        for name in ("samples", "batch", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` of 1 or more but got {getattr(self, name)}.")
         if self.length < 3:
             raise ValueError(f"Expected `length` of 3 or more but got {self.length}.")
+        if self.devices > 1 and ":" in (self.device or ""):
+            raise ValueError(f"Expected `device` without a number with {self.devices} devices but got {self.device!r}.")
+        if -(-self.samples // self.batch) < self.devices:
+            raise ValueError(
+                f"Expected at least one batch for each of {self.devices} devices but {self.samples} samples make fewer "
+                f"of {self.batch}: lower `batch` or raise `samples`."
+            )
         dtype_of(self.dtype, device_of(self.device))
         self.compression  # noqa: B018  (making it refuses what cannot be)
-        if self.streaming and self.guided:
-            raise ValueError("Expected `streaming` without `guided`, whose loop runs the whole model on the device.")
 
     @property
     def compression(self) -> CompressionConfig:
@@ -96,6 +105,7 @@ class CompressConfig:
             sparsity=self.sparsity,
             guidance=None if self.guided else 0.0,
             correction=0.0 if self.correction is None and not self.guided else self.correction,
+            allocation_tokens=self.allocation_tokens,
             offload="always" if self.streaming else "never",
         )
 
@@ -147,7 +157,7 @@ class CompressReport:
         blocks: repeated ones.
         rates: of the device.
         stages: by name, in the order of the run; parts as ``solve/sweep``.
-        floors: seconds that stages take at least, by name.
+        floors: seconds that stages take at least, by name, shared out evenly over all devices.
         plain: seconds of the plain loop for one block; None: not measured.
         environment: of the run.
         notes: what has to be known of the figures.
@@ -177,12 +187,14 @@ class CompressReport:
         """What was measured where."""
         c, r = self.config, self.rates
         pruned = f", {c.sparsity:.0%} pruned" if c.sparsity else ""
+        where = f"{c.devices} x {place(self.environment)}" if c.devices > 1 else place(self.environment)
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
         kind += f", correction {c.compression.corrected:g}" if c.compression.corrected else ", no correction"
+        kind += f", bits by {c.allocation_tokens} tokens" if c.allocation_tokens else ""
         kind += ", blocks streamed from the host" if c.streaming else ""
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "
-            f"{c.length} tokens; {kind}; {place(self.environment)}; matrix products {r.half / 1e12:.3g} TFLOP/s "
+            f"{c.length} tokens; {kind}; {where}; matrix products {r.half / 1e12:.3g} TFLOP/s "
             f"(float32 {r.single / 1e12:.3g}), a copy {r.copy / 1e9:.3g} GB/s."
         )
 
@@ -240,6 +252,8 @@ def bench(
         ValueError: for a model that is not there, has too few positions, or cannot have such a size.
     """
     device = device_of(config.device)
+    if config.devices > 1 and device.type == "cuda":
+        device = device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")  # Lightning starts this program once for each
     dtype = dtype_of(config.dtype, device)
     clock = stopwatch(device) if clock is None else clock
     sizes = _sizes(config)
@@ -256,7 +270,7 @@ def bench(
         groups = [(g.sites[0].in_features, sum(s.out_features for s in g.sites)) for g in located(gm)]
         repeated = sum(block.repeated for block in blocks(gm))
         plain = None
-        if config.plain:
+        if config.plain and is_first_process():
             on_stage(f"{PLAIN}: one block")
             plain = _plain(gm, model, batches, config, device)
         del gm
@@ -267,7 +281,7 @@ def bench(
             torch.cuda.empty_cache()
         on_stage("mpfx: all blocks")
         stages = _compressed(model, batches, config, device)
-    floors = {name: work.seconds(rates) for name, work in _floors(groups, config)}
+    floors = {name: work.seconds(rates) / config.devices for name, work in _floors(groups, config)}
     return CompressReport(
         config=config,
         weights=sum(channels * rows for channels, rows in groups),
@@ -277,8 +291,15 @@ def bench(
         floors={name: seconds for name, seconds in floors.items() if name in stages},
         plain=plain,
         environment=environment(device, dtype),
-        notes=() if reset_peak_memory(device) else ("peaks are those of the process so far",),
+        notes=tuple(_notes(config, device)),
     )
+
+
+def _notes(config: CompressConfig, device: torch.device) -> Iterator[str]:
+    if not reset_peak_memory(device):
+        yield "peaks are those of the process so far"
+    if config.devices > 1:
+        yield "seconds and peaks are those of the first process, with its waits for the others"
 
 
 def _sizes(config: CompressConfig) -> Any:
@@ -346,15 +367,13 @@ def _compressed(
     """Compress as any user does, with the callback; the stages, in the order of the run."""
     meter = Meter(device)
     callback = ModelCompression(config.compression, module="model", progress=False)
-    where: Any = [device.index or 0] if device.type == "cuda" else 1
-    trainer = make_trainer("gpu" if device.type == "cuda" else "cpu", where, callbacks=[callback], progress=False)
-    loader: DataLoader[Any] = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
-    module = CausalLM(model)
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    where: Any = [device.index or 0] if device.type == "cuda" and config.devices == 1 else config.devices
+    trainer = make_trainer(kind, where, callbacks=[callback], progress=False)
+    start_processes(make_trainer(kind, where, progress=False))
+    module, own = CausalLM(model), [batches[index] for index in EachOnce(batches)]
     with meter.watching(config.parts), meter.stage(_RUN):
-        if config.guided:
-            evaluate(trainer, module, loader)
-        else:
-            callback.take_calls(trainer, module, (_inputs(model, batch) for batch in batches))
+        callback.take_calls(trainer, module, (_inputs(model, batch) for batch in own), losses_of(own))
     return _in_order(meter.stages, callback.seconds["observe"])
 
 
@@ -372,6 +391,9 @@ def _in_order(measured: Mapping[str, Stage], observing: float) -> dict[str, Stag
     if nested in inner:
         spent, observed = found[ALLOCATE], inner[nested]
         found[ALLOCATE] = Stage(spent.seconds - observed.seconds, spent.peak)
+    if SHARE in found:  # before there is something to observe
+        early, late = found.pop(SHARE), found.pop(f"{OBSERVE}/{SHARE}", Stage())
+        found[f"{OBSERVE}/{SHARE}"] = Stage(early.seconds + late.seconds, max(early.peak, late.peak))
     found[OBSERVE] = Stage(observing, found.get(OBSERVE, measured[_RUN]).peak)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0].partition("/")[0]), "/" in item[0])))
 
@@ -405,14 +427,15 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     tokens = config.samples * config.length
     weights = sum(channels * rows for channels, rows in groups)
     forward = Work(half=2.0 * tokens * weights)
+    share = min(1.0, (config.allocation_tokens or tokens) / tokens)
     hessian = Work(half=sum(float(tokens) * channels**2 for channels, _ in groups))  # symmetric: one half
     factor = Work(single=sum(2 / 3 * channels**3 for channels, _ in groups))  # Cholesky, and a triangle's inverse
     sweep = Work(single=sum(float(rows) * channels**2 for channels, rows in groups))  # each channel on all later ones
     read = Work(nbytes=weights * _DENSE_BITS / 8)
     written = Work(nbytes=weights * config.bits / 8)
-    yield OBSERVE, forward + hessian
-    yield f"{OBSERVE}/{HESSIAN}", hessian
-    yield "sense", forward + forward
+    yield OBSERVE, Work(half=share * (forward.half + hessian.half))
+    yield f"{OBSERVE}/{HESSIAN}", Work(half=share * hessian.half)
+    yield "sense", forward + forward + forward  # there, and there and back once more
     yield "allocate", factor + read
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
     yield f"{SOLVE}/{HESSIAN}", hessian

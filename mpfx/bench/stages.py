@@ -17,7 +17,7 @@ from mpfx.passes import (
     FoldScales,
     Pack,
     PruneAndQuantize,
-    Sensing,
+    Ranks,
     frontier,
     pipeline,
     solve,
@@ -27,10 +27,11 @@ from mpfx.stats import MomentAccumulator
 
 OBSERVE, ALLOCATE, SOLVE = "observe", "allocate", "solve"
 HESSIAN = "Hessian"
+SHARE = "share"
 
 _STAGES: tuple[tuple[Any, str, str], ...] = (
     (calibration, "located_graph", "trace"),
-    (Sensing, "batch", "sense"),
+    (calibration, "sense_by_blocks", "sense"),
     (pipeline, "dense_moments", OBSERVE),
     (Allocate, "__call__", ALLOCATE),
     (FoldScales, "__call__", "scale"),
@@ -42,13 +43,15 @@ _STAGES: tuple[tuple[Any, str, str], ...] = (
 
 _PARTS: tuple[tuple[Any, str, str], ...] = (
     (MomentAccumulator, "update", HESSIAN),
-    (frontier, "factorise", "factor"),
+    (frontier, "factor_diagonal", "factor"),
     (frontier, "with_curves", "curves"),
     (solve, "factorise", "factor"),
     (solve, "sweep", "sweep"),
     (solve, "refine", "refine"),
     (solve, "pack", "encode"),
     (solve, "layer_error", "error"),
+    (Ranks, "_exchanged", SHARE),
+    (Ranks, "_reduced", SHARE),
 )
 """Likewise of parts of stages."""
 

@@ -24,7 +24,7 @@ from mpfx.graph.grouping import (
 from mpfx.graph.linear import is_linear, linear_weight
 from mpfx.graph.live import note_outside, opaque_parts, traced_module
 from mpfx.graph.opaque import OpaquePart
-from mpfx.graph.partition import OUTPUT, Block, blocks, last_readers, run_block, run_on
+from mpfx.graph.partition import OUTPUT, Block, blocks, dead_ends, last_readers, run_block, run_on
 from mpfx.graph.producers import (
     Consumer,
     PermutationFold,
@@ -54,6 +54,7 @@ __all__ = [
     "blocks",
     "calling_nodes",
     "channel_order",
+    "dead_ends",
     "expert_modules",
     "first_samples",
     "input_groups",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -101,6 +101,16 @@ def run_block(block: Block, env: Mapping[str, Any], readers: Mapping[str, int]) 
     if block.is_last:
         return {OUTPUT: result}
     return {name: value for name, value in {**env, **result}.items() if readers.get(name, -1) > block.index}
+
+
+def dead_ends(block: Block) -> tuple[str, ...]:
+    """Linear layers of a block that make nothing which other sites of the block read.
+
+    Only such as the graph calls itself, once: where it matters only what sites read, they need not be computed.
+    """
+    calls = Counter(str(node.target) for node in block.module.graph.nodes if node.op == "call_module")
+    last = block.stages[-1] if block.stages else ()
+    return tuple(path for path in last if calls[path] == 1)
 
 
 def run_on(block: Block, device: torch.device, instead_of: Collection[torch.device]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mpfx.lm.sharing import EachOnce
 from mpfx.lm.text import Part, TextSource, parse_source, read_documents
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class TextDataModule(LightningDataModule):
       ``samples`` windows; calibration its first ones, or a seeded choice of the first ``4 * samples``.
       Naming the same split twice is refused.
 
-    Batches are ``{"input_ids": (batch, length) int64}``, in the order of the text, every time the same.
+    Batches are ``{"input_ids": (batch, length) int64}``, in the order of the text, every time the same. Several
+    processes get whole batches in turn.
 
     Args:
         tokenizer: Of the model that will read the windows.
@@ -185,7 +187,9 @@ class _Windows(Dataset[dict[str, Tensor]]):
 
 def _loader(windows: Tensor, batch_size: int) -> DataLoader[dict[str, Tensor]]:
     """Batch in fixed order; its own generator keeps DataLoader from drawing from the global one."""
-    return DataLoader(_Windows(windows), batch_size=batch_size, generator=torch.Generator().manual_seed(0))
+    data = _Windows(windows)
+    sampler = EachOnce(data, batch_size)
+    return DataLoader(data, batch_size, sampler=sampler, generator=torch.Generator().manual_seed(0))
 
 
 def _read_tokens(tokenizer: PreTrainedTokenizerBase, source: TextSource, part: Part, enough: int | None) -> Tensor:

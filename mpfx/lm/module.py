@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -38,15 +38,42 @@ class CausalLM(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Score the next-token predictions of one batch; returns their mean loss in nats, differentiable."""
-        logits = _logits(self.model(**model_inputs(self.model, batch)))[:, :-1]
-        targets = next_tokens(batch)
-        log_probs = target_log_probs(logits, targets)
+        log_probs, targets = scored(self.model(**model_inputs(self.model, batch)), batch)
         self.perplexity.update(log_probs, targets)
         self.token_loss.update(log_probs, targets)
         size = len(targets)
         self.log("perplexity", self.perplexity, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         self.log("loss", self.token_loss, on_step=False, on_epoch=True, batch_size=size)
-        return -log_probs.sum() / targets.ne(IGNORE).sum().clamp(min=1)
+        return _mean_loss(log_probs, targets)
+
+
+def losses_of(batches: Sequence[Batch]) -> Callable[[Any, int], Tensor]:
+    """From what the model returned for one of the batches, and its number, to the mean loss, differentiable."""
+
+    def loss(output: Any, index: int) -> Tensor:
+        return _mean_loss(*scored(output, batches[index]))
+
+    return loss
+
+
+def scored(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Score what a model returned.
+
+    Args:
+        output: with the logits.
+        batch: that the model was called on, wherever it is.
+
+    Returns:
+        Log-probabilities of the next tokens in nats, and these tokens, ``-100`` where not scored, both ``(batch,
+        length - 1)`` where the logits are.
+    """
+    logits = _logits(output)[:, :-1]
+    targets = next_tokens(batch).to(logits.device)
+    return target_log_probs(logits, targets), targets
+
+
+def _mean_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
+    return -log_probs.sum() / targets.ne(IGNORE).sum().clamp(min=1)
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -8,10 +8,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from lightning.fabric.utilities import rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+from mpfx.lm.sharing import EachOnce, leave_out_of_sync
+
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
+)
 _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # windows are slices of one tensor: workers would only slow it down
     "GPU available but not used.*",  # the accelerator was chosen
@@ -40,12 +48,18 @@ def quiet_lightning() -> Iterator[None]:
             logger.removeFilter(above_info)
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or of several the one that prints and writes."""
+    return getattr(rank_zero.rank_zero_only, "rank", 0) == 0
+
+
 def make_trainer(
     accelerator: str = "auto",
     devices: int | Sequence[int] | Literal["auto"] = "auto",
     precision: Any = "32-true",
     callbacks: Iterable[Callback] = (),
     progress: bool = True,
+    nodes: int = 1,
 ) -> Trainer:
     """Return a Trainer for validation loops that writes nothing to disk and prints only its progress bar.
 
@@ -55,11 +69,13 @@ def make_trainer(
         precision: Lightning's name of the compute precision, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         callbacks: Callbacks to attach, in order.
         progress: Whether to show a progress bar.
+        nodes: How many machines, each with as many devices.
     """
     with quiet_lightning():
         return Trainer(
             accelerator=accelerator,
             devices=devices if isinstance(devices, (int, str)) else list(devices),
+            num_nodes=nodes,
             precision=precision,
             callbacks=list(callbacks),
             logger=False,
@@ -68,6 +84,20 @@ def make_trainer(
             enable_progress_bar=progress,
             num_sanity_val_steps=0,
         )
+
+
+class _Nothing(LightningModule):
+    """Runs without doing anything."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        """Do nothing."""
+
+
+def start_processes(trainer: Trainer) -> None:
+    """Start the processes of Trainers like this one, for what they share before, or without, a loop over data."""
+    nothing: Any = range(trainer.world_size)
+    with quiet_lightning():
+        trainer.validate(_Nothing(), dataloaders=DataLoader(nothing, sampler=EachOnce(nothing)), verbose=False)
 
 
 def evaluate(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> dict[str, float]:
@@ -84,6 +114,7 @@ def evaluate(trainer: Trainer, module: LightningModule, loader: DataLoader[Any])
     Raises:
         ValueError: If nothing was scored: the loader has no batches or the module logs other names.
     """
+    leave_out_of_sync(module)
     with quiet_lightning():
         results = trainer.validate(module, dataloaders=loader, verbose=False)
     metrics = results[0] if results else {}

@@ -1,7 +1,7 @@
 """Decide the bits of every channel."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,6 +40,7 @@ from mpfx.passes.frontier import (
     unmeasured_frontier,
 )
 from mpfx.passes.locate import annotate, annotations, located, naming_sites
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.solve import factorise
 from mpfx.stats import Moments
 
@@ -60,11 +61,14 @@ class Allocate(Pass):
         config: strategy, size and all that goes with them.
         moments: of the dense model's inputs, each behind the name of its input group; none for strategies that score
             nothing. They are taken one after the other and none is kept, as Hessians are large: an iterator may make
-            them meanwhile (:func:`mpfx.passes.observe.dense_moments`).
+            them meanwhile (:func:`mpfx.passes.observe.dense_moments`). Of several processes, each has those of some
+            groups.
+        ranks: the processes; all come to the same plan.
     """
 
     config: CompressionConfig
     moments: Iterable[tuple[str, Moments]] = ()
+    ranks: Ranks = ALONE
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are located, and observed where the strategy needs it."""
@@ -81,13 +85,9 @@ class Allocate(Pass):
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Annotate."""
-        measure = {"optimal": self._measure, **dict.fromkeys(SCORED, self._score)}.get(self.config.allocation)
-        groups, folds = {group.name: group for group in located(gm)}, located_folds(gm, self.config)
-        measured: dict[str, Any] = {}
-        for name, moments in self.moments:
-            if measure is not None and name in groups:
-                measured[name] = measure(gm, groups[name], folds.get(name), moments)
-        if measure is not None and (lacking := [name for name in groups if name not in measured]):
+        groups = {group.name: group for group in located(gm)}
+        measured = self.ranks.joined(lambda: dict(self._measured(gm, groups)))
+        if self._measuring is not None and (lacking := [name for name in groups if name not in measured]):
             raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
         plans: dict[str, GroupPlan] = {}
         gm.meta[ALLOCATIONS] = []
@@ -112,6 +112,19 @@ class Allocate(Pass):
             size = measure([plans[g.name] for g in groups])
             if size > target + 1e-9:
                 raise ValueError(f"the plan takes {size:.4f} bits per weight, above the {target:g} asked for.")
+
+    @property
+    def _measuring(self) -> Callable[[fx.GraphModule, InputGroup, PermutationFold | None, Moments], Any] | None:
+        """What the strategy makes of the moments of a group, if it makes use of them."""
+        known = {"optimal": self._measure, **dict.fromkeys(SCORED, self._score)}
+        return known.get(self.config.allocation)
+
+    def _measured(self, gm: fx.GraphModule, groups: Mapping[str, InputGroup]) -> Iterator[tuple[str, Any]]:
+        """What is measured in this process; the moments are asked for to the last, as others wait for their making."""
+        measure, folds = self._measuring, located_folds(gm, self.config)
+        for name, moments in self.moments:
+            if measure is not None and name in groups:
+                yield name, measure(gm, groups[name], folds.get(name), moments)
 
     def _measure(
         self, gm: fx.GraphModule, group: InputGroup, fold: PermutationFold | None, moments: Moments

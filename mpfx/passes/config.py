@@ -39,6 +39,8 @@ class CompressionConfig:
             what the five signals of the importance make of that, by a fit over the whole model.
         sparsity: fraction of the weights to prune (0.5), or n of every m adjacent channels kept ("2:4"); null: none;
             auto: whatever is best for its bytes, input group by input group (with `optimal` and `bits_per_weight`).
+        allocation_tokens: tokens of the calibration data that bits are given by: so many at least, whole batches,
+            evenly spread. Fewer take less time; solving takes all. null: all.
         importance: weights of the five signals.
         tiers: widths and quantiles of `quantile`; `budget` uses the widths.
         threshold: thresholds and widths of `threshold`.
@@ -64,8 +66,8 @@ class CompressionConfig:
         offload: where the model is while it is compressed on an accelerator. always: on the host, its blocks move to
             the device one at a time, so that a model larger than the device's memory can be compressed; never: on the
             device; auto: on the device if it takes no more than half of what is free there. Values between blocks wait
-            on the host with `always`, and with auto once half of the device's memory is taken. Where a validation loop
-            runs the model (`guidance`, callbacks in a loop of your own), the loop's Trainer has put it on the device.
+            on the host with `always`, and with auto once half of the device's memory is taken. The Trainer of a
+            validation loop of your own has put the model on the device, whatever this says.
         passes: passes of your own, by import path; run after the analysis and before anything is measured.
         strict: refuse whatever would be done otherwise than asked, instead of reporting it.
     """
@@ -76,6 +78,7 @@ class CompressionConfig:
     optimal: OptimalConfig = field(default_factory=OptimalConfig)
     distortion: Literal["measured", "signals"] = "measured"
     sparsity: str | float | None = None
+    allocation_tokens: int | None = None
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
@@ -108,10 +111,9 @@ class CompressionConfig:
         if self.distortion not in ("measured", "signals"):
             raise ValueError(f"Expected `distortion` to be measured or signals but got {self.distortion!r}.")
         self._check_used()
+        self._check_running()
         if self.order not in ("auto", "activation", "natural"):
             raise ValueError(f"Expected `order` to be auto, activation or natural but got {self.order!r}.")
-        if self.offload not in ("auto", "always", "never"):
-            raise ValueError(f"Expected `offload` to be auto, always or never but got {self.offload!r}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"Expected `damping` to be above 0 and at most 1 but got {self.damping}.")
         for name, share in (("guidance", self.guidance), ("correction", self.correction)):
@@ -127,6 +129,12 @@ class CompressionConfig:
         self._check_bits("bits_per_weight" if self.code_bits is None else "code_bits", self.target)
         for name, bits in self.block_bits.items():
             self._check_bits(f"block_bits.{name}", bits)
+
+    def _check_running(self) -> None:
+        if self.allocation_tokens is not None and self.allocation_tokens < 1:
+            raise ValueError(f"Expected `allocation_tokens` of 1 or more but got {self.allocation_tokens}.")
+        if self.offload not in ("auto", "always", "never"):
+            raise ValueError(f"Expected `offload` to be auto, always or never but got {self.offload!r}.")
 
     def _check_used(self) -> None:
         """Refuse what would be silently ignored."""
@@ -229,6 +237,11 @@ class CompressionConfig:
     def measured(self) -> bool:
         """Whether statistics of the dense model are needed before bits are given."""
         return self.scored or self.scaled or self.allocation == "optimal"
+
+    @property
+    def looks_at_channels(self) -> bool:
+        """Whether the sizes of single channels are needed before bits are given, beside the Hessians."""
+        return self.scored or self.scaled or self.distortion == "signals"
 
     @property
     def scaled(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.allocate import (
+    MOST_ROWS,
     Frontier,
     GroupFrontier,
     block_means,
@@ -22,7 +23,7 @@ from mpfx.graph import InputGroup, PermutationFold, traced_module
 from mpfx.nn.layout import SEGMENT
 from mpfx.passes.config import CompressionConfig
 from mpfx.passes.locate import FOLD, annotations, naming_sites
-from mpfx.solve import factorise, quadratic_form
+from mpfx.solve import factor_diagonal, factorise, quadratic_form
 from mpfx.stats import Moments
 
 logger = logging.getLogger("mpfx.allocate")
@@ -43,11 +44,11 @@ class MeasuredGroup:
 
     Attributes:
         frontier: of the group.
-        signals: of its units, ``(units, signals)``.
+        signals: of its units, ``(units, signals)``; None: not asked for.
     """
 
     frontier: GroupFrontier
-    signals: Tensor
+    signals: Tensor | None
 
 
 def joined_frontier(measured: Sequence[MeasuredGroup], config: CompressionConfig) -> Frontier:
@@ -56,7 +57,7 @@ def joined_frontier(measured: Sequence[MeasuredGroup], config: CompressionConfig
     frontier = Frontier(config.widths, config.grid, groups, config.activation_order)
     if config.distortion == "measured":
         return frontier
-    fit = fit_signals(frontier, [group.signals for group in measured])
+    fit = fit_signals(frontier, [group.signals for group in measured if group.signals is not None])
     logger.info("the five signals explain %.1f%% of the logarithm of the distortions", 100 * fit.explained)
     return fit.frontier
 
@@ -82,18 +83,27 @@ def measure_group(
     order = draft.order.to(moments.hessian.device)
     moments = moments.reordered(order)
     with naming_sites(group):
-        factor = factorise(moments.hessian, config.damping)
+        diagonal, inverse = _factor(moments.hessian, config)
     # Summed over tokens, not averaged: so that groups compare that saw different numbers of tokens (experts).
     scale = (2 / moments.tokens) ** 0.5
     weight = stacked_weight(traced_module(gm), group, order.device)[:, order]
     if not config.power:  # without the loss, errors of different layers compare only relative to their outputs
-        output = quadratic_form(weight, moments.hessian) * (moments.tokens / 4)
+        sample = weight[:: -(-len(weight) // MOST_ROWS)]
+        output = quadratic_form(sample, moments.hessian) * (len(weight) / len(sample)) * (moments.tokens / 4)
         scale *= max(output, 1e-30) ** 0.5
-    signals = raw_signals(weight, moments, factor.inverse_diagonal * scale**2)
-    features = unit_sums(torch.stack(list(signals.values())), draft.unit).t().cpu() / draft.sizes[:, None]
-    return MeasuredGroup(
-        with_curves(draft, empty, config.patterns, (weight, factor.upper.diagonal() * scale)), features
-    )
+    features = None
+    if inverse is not None:
+        signals = raw_signals(weight, moments, inverse * scale**2)
+        features = unit_sums(torch.stack(list(signals.values())), draft.unit).t().cpu() / draft.sizes[:, None]
+    return MeasuredGroup(with_curves(draft, empty, config.patterns, (weight, diagonal * scale)), features)
+
+
+def _factor(hessian: Tensor, config: CompressionConfig) -> tuple[Tensor, Tensor | None]:
+    """The diagonal of U, and that of the inverse Hessian where signals are asked for."""
+    if config.distortion == "measured":
+        return factor_diagonal(hessian, config.damping), None
+    factor = factorise(hessian, config.damping)
+    return factor.upper.diagonal(), factor.inverse_diagonal
 
 
 def unmeasured_frontier(gm: fx.GraphModule, groups: Sequence[InputGroup], config: CompressionConfig) -> Frontier:

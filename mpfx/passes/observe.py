@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpfx.graph import (
     InputGroup,
@@ -15,10 +17,12 @@ from mpfx.graph import (
     expert_modules,
     inputs_behind,
     last_readers,
+    linear_weight,
     traced_module,
     watch_experts,
 )
 from mpfx.passes.locate import located, naming_sites
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.stats import MomentAccumulator, Moments, Sensitivity, pooled, topped_up
 
@@ -38,6 +42,21 @@ def padding_masks(values: Mapping[str, Any]) -> Masks:
     """
     found = {name: values.get(name) for name in (_MASK, _DECODER + _MASK)}
     return {name: mask for name, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def tokens_of(values: Mapping[str, Any]) -> int:
+    """How many numbers a mean loss of one call is the mean of: tokens that are no padding, else samples.
+
+    Args:
+        values: inputs of the call.
+    """
+    first = next((t for t in pytree.tree_leaves(dict(values)) if isinstance(t, Tensor) and t.dim()), None)
+    if first is None:
+        return 1
+    if first.dtype.is_floating_point or first.dim() < 2:
+        return max(len(first), 1)
+    mask = next((mask for mask in padding_masks(values).values() if mask.shape == first.shape), None)
+    return max(first.numel() if mask is None else int(mask.sum()), 1)
 
 
 @dataclass
@@ -99,6 +118,18 @@ class Sensed:
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
 
+    def of(self, batches: Sequence[int], share: float) -> "Sensed":
+        """What some of the batches told; in the unit of all.
+
+        Args:
+            batches: numbers of those of this process.
+            share: that they, and those of other processes, are of all.
+        """
+        return Sensed(
+            {n: replace(s, batches=tuple(s.batches[i] for i in batches)) for n, s in self.sensitivities.items()},
+            {path: gradient * share for path, gradient in self.gradients.items()},
+        )
+
     def weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
         """Weights of the tokens that groups read in one batch, relative to their mean."""
         known = {g.name: self.sensitivities[g.name] for g in groups if g.name in self.sensitivities}
@@ -136,7 +167,7 @@ class Sensed:
 
     def _mean(self, group: InputGroup, moments: Moments) -> float:
         """Of the squared gradient at the outputs of an expert."""
-        squares = float(moments.mean_square.double().sum()) * moments.tokens
+        squares = float(moments.hessian.diagonal().double().sum()) * moments.tokens / 2
         return self.gradients.get(group.sites[0].path, 0.0) / max(squares * group.sites[0].out_features, 1e-300)
 
 
@@ -146,6 +177,8 @@ def observed(
     groups: Sequence[InputGroup],
     reading: Callable[[], Reading] = Reading,
     weigh: "Weigh | None" = None,
+    *,
+    channels: bool = True,
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
@@ -155,6 +188,7 @@ def observed(
         reading: called for every input; returns what belongs to the current batch. Padding of inputs of another
             number of tokens (one expert's share) counts in full.
         weigh: :func:`token_weights` of these groups and others, where it is at hand.
+        channels: see :class:`mpfx.stats.MomentAccumulator`.
     """
     moments: Accumulators = {}
     weigh = token_weights(gm, groups) if weigh is None else weigh
@@ -164,7 +198,7 @@ def observed(
         if now.paused:
             return
         if name not in moments:
-            moments[name] = MomentAccumulator(x.shape[-1], x.device)
+            moments[name] = MomentAccumulator(x.shape[-1], x.device, channels=channels)
         weights = weigh(name, x, now.masks, now.next_weights(name, x))
         with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
             moments[name].update(x, weights, now.next_reference(name, x))
@@ -211,6 +245,26 @@ def inputs_read(gm: fx.GraphModule, groups: Sequence[InputGroup], add: Callable[
         yield
 
 
+@contextmanager
+def outputs_left_away(gm: fx.GraphModule, paths: Iterable[str]) -> Iterator[None]:
+    """Inside, some linear layers return zeros: what they read is observed, and nobody needs what they make."""
+    model = traced_module(gm)
+    modules = [model.get_submodule(path) for path in paths]
+    idle = [module for module in modules if "forward" not in vars(module) and not module._forward_hooks]
+    try:
+        for module in idle:
+            rows = linear_weight(module).shape[0]
+            module.forward = partial(_zeros, rows)
+        yield
+    finally:
+        for module in idle:
+            del module.forward
+
+
+def _zeros(rows: int, x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], rows)
+
+
 def _mask_name(inputs: frozenset[str]) -> str:
     """Which mask belongs to what depends on these inputs: what the decoder's tokens take part in is as long as they."""
     return _DECODER + _MASK if any(name.startswith(_DECODER) for name in inputs) else _MASK
@@ -247,6 +301,9 @@ def dense_moments(
     batches: Sequence[Mapping[str, Any]],
     runner: Runner = _HERE,
     sensed: Sensed | None = None,
+    ranks: Ranks = ALONE,
+    *,
+    channels: bool = True,
 ) -> Iterator[tuple[str, Moments]]:
     """Observe what every located input group reads in the model as it is, block after block.
 
@@ -259,9 +316,12 @@ def dense_moments(
         runner: how blocks run.
         sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
             x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
+        ranks: the processes, each with batches of its own; all have to iterate to the end.
+        channels: see :class:`mpfx.stats.MomentAccumulator`.
 
     Yields:
-        Name and statistics of the groups that were called, while their block lies on the device.
+        Name and statistics of the groups that were called, while their block lies on the device. Of several processes,
+        each gets those of some groups of every block, in the batches of all.
     """
     groups, parts = groups_of_blocks(gm), blocks(gm)
     parts = parts[: max(index for index, found in enumerate(groups) if found) + 1]
@@ -271,13 +331,14 @@ def dense_moments(
     with runner.placed(parts) as placed:
         for block in placed:
             here = groups[block.index]
-            with observed(gm, here, lambda: reading[0], weigh) as seen:
+            with observed(gm, here, lambda: reading[0], weigh, channels=channels) as seen:
                 for index, values in enumerate(streams):
                     weights = {} if sensed is None else sensed.weights(here, index)
                     reading[0] = Reading(masks[index], weights)
                     streams[index] = runner.kept(runner.run(block, values, readers))
+            own = ranks.summed(seen, here)
             tokens = {name: accumulator.tokens for name, accumulator in seen.items()}
-            found = ((group, moments) for group, moments, _ in finalised(seen, here) if moments is not None)
+            found = ((group, moments) for group, moments, _ in finalised(seen, own) if moments is not None)
             yield from ((g.name, m) for g, m in (found if sensed is None else sensed.applied(found, tokens)))
 
 

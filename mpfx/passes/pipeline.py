@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from mpfx.graph import first_samples
 from mpfx.passes.allocate import Allocate
 from mpfx.passes.base import Pass, run_passes
 from mpfx.passes.config import CompressionConfig
-from mpfx.passes.observe import Sensed, dense_moments
+from mpfx.passes.observe import Sensed, dense_moments, tokens_of
 from mpfx.passes.pack import FoldPermutations, Pack
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solved_groups
@@ -36,42 +37,72 @@ class Calibration:
 
     Attributes:
         graph_module: traced and analysed.
-        calls: inputs of every call, one dict a batch, on the host.
-        sensed: how the loss feels the sites' outputs.
-        moments: of the dense model's inputs, by name of the input group, on the host: kept where several configs make
-            use of them. Else they are observed when they are asked for, and none is kept.
+        calls: inputs of every call, one dict a batch, on the host; those of this process.
+        sensed: how the loss feels the sites' outputs, in these calls.
+        moments: of the dense model's inputs in the calls of all processes, by name of the input group, on the host; of
+            several processes, each has those of some groups. None: they are observed when they are asked for, and none
+            is kept.
         guided: the same with Hessians weighted by the sensitivity of the loss.
+        ranks: the processes that share the calls.
     """
 
     graph_module: fx.GraphModule
     calls: list[dict[str, Any]]
     sensed: Sensed = field(default_factory=Sensed)
-    moments: dict[str, Moments] = field(default_factory=dict)
-    guided: dict[str, Moments] = field(default_factory=dict)
+    moments: Mapping[str, Moments] | None = None
+    guided: Mapping[str, Moments] | None = None
+    ranks: Ranks = ALONE
 
     @property
     def sensitivities(self) -> Mapping[str, Sensitivity]:
         """Of the loss, by name of the input group."""
         return self.sensed.sensitivities
 
-    def keep(self, configs: Sequence[CompressionConfig], runner: Runner) -> None:
-        """Observe now, and keep on the host, what several configs need."""
-        measured = [config for config in configs if config.measured]
-        for kept, guided in ((self.moments, False), (self.guided, True)):
-            if any(bool(config.power) == guided for config in measured):
-                for name, moments in self._observed(guided, runner):
-                    kept[name] = moments.to(torch.device("cpu"))
+    def keeping(self, configs: Sequence[CompressionConfig], runner: Runner) -> "Calibration":
+        """The same, with moments observed now and kept, as several configs make use of them.
+
+        Raises:
+            RankError: if another process failed.
+        """
+        tokens = configs[0].allocation_tokens
+        wanted = {bool(config.power) for config in configs if config.measured}
+        with self.ranks.together():
+            moments, guided = (
+                self._kept(which, runner, tokens) if which in wanted else None for which in (False, True)
+            )
+        return replace(self, moments=moments, guided=guided)
 
     def statistics(self, config: CompressionConfig, runner: Runner) -> Iterator[tuple[str, Moments]]:
-        """The moments that a config allocates by, one input group after the other."""
+        """The moments that a config allocates by, one input group after the other; all processes ask for all."""
         kept = self.guided if config.power else self.moments
-        if not kept:
-            yield from self._observed(bool(config.power), runner)
+        if kept is None:
+            channels, tokens = config.looks_at_channels, config.allocation_tokens
+            yield from self._observed(bool(config.power), runner, tokens, channels=channels)
+            return
         for name, moments in kept.items():
             yield name, moments if runner.device is None else moments.to(runner.device)
 
-    def _observed(self, guided: bool, runner: Runner) -> Iterator[tuple[str, Moments]]:
-        return dense_moments(self.graph_module, self.calls, runner, self.sensed if guided else None)
+    def _kept(self, guided: bool, runner: Runner, tokens: int | None) -> dict[str, Moments]:
+        return {name: moments.to(torch.device("cpu")) for name, moments in self._observed(guided, runner, tokens)}
+
+    def _observed(
+        self, guided: bool, runner: Runner, tokens: int | None, *, channels: bool = True
+    ) -> Iterator[tuple[str, Moments]]:
+        chosen, share = self._chosen(tokens)
+        calls = [self.calls[index] for index in chosen]
+        sensed = self.sensed.of(chosen, share) if guided else None
+        return dense_moments(self.graph_module, calls, runner, sensed, self.ranks, channels=channels)
+
+    def _chosen(self, tokens: int | None) -> tuple[list[int], float]:
+        """Numbers of this process's calls that hold, with those of the others, so many tokens; and their share of all.
+
+        Calls count in the order in which they are dealt out (:class:`mpfx.lm.EachOnce`), as in a single process.
+        """
+        counts = self.ranks.gathered(lambda: [tokens_of(call) for call in self.calls])
+        dealt = sorted((index, rank) for rank, own in enumerate(counts) for index in range(len(own)))
+        chosen = _spread([counts[rank][index] for index, rank in dealt], tokens)
+        own = [index for index, rank in (dealt[number] for number in chosen) if rank == self.ranks.rank]
+        return own, len(chosen) / len(dealt)
 
 
 @dataclass(frozen=True)
@@ -87,6 +118,18 @@ class Compressed:
     graph_module: fx.GraphModule
     solved: tuple[SolvedGroup, ...]
     seconds: dict[str, float]
+
+
+def _spread(counts: Sequence[int], least: int | None) -> list[int]:
+    """Numbers of batches, evenly spread, that hold at least so many tokens; all if there are no more than that."""
+    if least is None or sum(counts) <= least:
+        return list(range(len(counts)))
+    number = next(k for k in range(1, len(counts) + 1) if sum(counts[i] for i in _every(len(counts), k)) >= least)
+    return _every(len(counts), number)
+
+
+def _every(count: int, number: int) -> list[int]:
+    return [index * count // number for index in range(number)]
 
 
 @torch.no_grad()
@@ -109,6 +152,7 @@ def compress_calibrated(
 
     Raises:
         PassError: naming the pass that failed; the model is dense then.
+        RankError: if another process failed; likewise.
     """
     solve = PruneAndQuantize(
         calibration.calls,
@@ -117,11 +161,17 @@ def compress_calibrated(
         strict=config.strict,
         runner=runner,
         on_block=on_block,
+        ranks=calibration.ranks,
     )
     sample = runner.fetched(first_samples(calibration.graph_module, calibration.calls[0]))
     seconds: dict[str, float] = {}
-    with closing(_steps(calibration, config, solve, runner, seconds)) as steps:  # no hook is left if one fails
-        gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, run=runner.whole, way_back=way_back)
+    with ExitStack() as undo:
+        # No hook is left if a pass fails.
+        with calibration.ranks.together(), closing(_steps(calibration, config, solve, runner, seconds)) as steps:
+            gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, run=runner.whole, way_back=undo)
+        kept = undo.pop_all()
+    if way_back is not None:
+        way_back.callback(kept.close)
     seconds["Allocate"] -= seconds.get("observe", 0.0)
     return Compressed(gm, solved_groups(gm), {_STAGES.get(name, name): value for name, value in seconds.items()})
 
@@ -140,9 +190,9 @@ def _steps(
             started = time.perf_counter()
 
     with closing(noted()) as stream:
-        yield Allocate(config, stream)
+        yield Allocate(config, stream, calibration.ranks)
     if config.scaled:
-        yield FoldScales(channels)
+        yield FoldScales(channels, calibration.ranks)
     yield solve
     yield Pack()
     yield FoldPermutations(runner.device)

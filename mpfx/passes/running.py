@@ -1,6 +1,6 @@
 """Runs the blocks of a graph one after the other on many batches; blocks and values move to where there is room."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,15 +62,27 @@ class Runner:
         """Whether so much is allocated on the device that what can wait has to do so on the host."""
         return self.most_bytes is not None and allocated_bytes(self.device) >= self.most_bytes
 
+    def fetches(self, parts: Sequence[Block]) -> bool:
+        """Whether blocks lie elsewhere than where they run."""
+        return any(is_away(slot.home, self.device) for block in parts for slot in _slots(block))
+
     @torch.no_grad()
     def whole(self, gm: fx.GraphModule, values: Mapping[str, Any]) -> Any:
         """Run the whole graph on one batch, block by block."""
+        (result,) = self.outputs(gm, [values])
+        return result
+
+    def outputs(self, gm: fx.GraphModule, batches: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+        """Run the whole graph, each block on all batches before the next one; yields a result for every batch."""
         parts = blocks(gm)
-        readers, now = last_readers(parts), self.fetched(values)
+        readers, streams = last_readers(parts), [self.kept(self.fetched(batch)) for batch in batches]
         with self.placed(parts) as placed:
             for block in placed:
-                now = self.run(block, now, readers)
-        return now[OUTPUT]
+                for index, values in enumerate(streams):
+                    if block.is_last:
+                        yield self.run(block, values, readers)[OUTPUT]
+                    else:
+                        streams[index] = self.kept(self.run(block, values, readers))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device, non_blocking=tensor.is_pinned())
@@ -89,28 +101,29 @@ class Runner:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a module holds a tensor: a parameter, whose data is exchanged, or a buffer."""
+    """A tensor that modules hold, and where: of a parameter the data is exchanged, a buffer itself, in all modules."""
 
-    owner: nn.Module
-    name: str
     tensor: Tensor
     home: Tensor
+    places: list[tuple[nn.Module, str]]
 
     def put(self, tensor: Tensor) -> None:
         if isinstance(self.tensor, nn.Parameter):
             self.tensor.data = tensor
-        else:
-            self.owner._buffers[self.name] = tensor
+            return
+        for owner, name in self.places:
+            owner._buffers[name] = tensor
 
 
-def _slots(block: Block) -> Iterator[_Slot]:
-    """The parameters and buffers that a block reads, each once."""
-    seen: set[int] = set()
+def _slots(block: Block) -> Iterable[_Slot]:
+    """The parameters and buffers that a block reads; those that several modules share are one."""
+    found: dict[int, _Slot] = {}
     for owner, name in _places(block):
-        tensor = {**owner._parameters, **owner._buffers}.get(name)
-        if tensor is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield _Slot(owner, name, tensor, tensor.data if isinstance(tensor, nn.Parameter) else tensor)
+        tensor = owner._parameters.get(name, owner._buffers.get(name))
+        if tensor is not None:
+            home = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+            found.setdefault(id(tensor), _Slot(tensor, home, [])).places.append((owner, name))
+    return found.values()
 
 
 def _places(block: Block) -> Iterator[tuple[nn.Module, str]]:
@@ -196,8 +209,9 @@ def stays_on_host(model: nn.Module, device: torch.device, offload: str) -> bool:
     """Whether the blocks of a model are to move to a device one at a time, instead of the model as a whole."""
     if offload != "auto" or device.type != "cuda":
         return offload == "always" and device.type != "cpu"
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return size > torch.cuda.mem_get_info(device)[0] // 2
+    away = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if is_away(tensor, device))
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return away > (torch.cuda.mem_get_info(device)[0] + cached) // 2
 
 
 def _total(device: torch.device) -> int:

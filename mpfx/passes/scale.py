@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
 from mpfx.passes.frontier import stacked_weight
 from mpfx.passes.locate import annotations, located
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.stats import ChannelMoments
 
 logger = logging.getLogger("mpfx.scale")
@@ -28,16 +29,20 @@ class FoldScales(Pass):
     weights are changed in place.
 
     Args:
-        moments: of the dense model's inputs, by name of the input group.
+        moments: of the dense model's inputs, by name of the input group. Of several processes, each searches for the
+            groups whose moments it has.
+        ranks: the processes; all scale alike.
     """
 
     preserves_function = True
 
     moments: Mapping[str, ChannelMoments]
+    ranks: Ranks = ALONE
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are planned and observed."""
-        if lacking := [name for name in annotations(gm, PLAN) if name not in self.moments]:
+        known = self.ranks.joined(lambda: dict.fromkeys(self.moments))
+        if lacking := [name for name in annotations(gm, PLAN) if name not in known]:
             raise ValueError(f"Expected statistics of every input group but those of {lacking[:5]} are missing.")
         if not annotations(gm, PLAN):
             raise ValueError("Expected planned sites: run Allocate before.")
@@ -45,25 +50,35 @@ class FoldScales(Pass):
     @torch.no_grad()
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Search and fold."""
-        model, plans = traced_module(gm), annotations(gm, PLAN)
-        before = _Saved(model)
+        scalable = list(_scalable(gm))
+        found = self.ranks.joined(lambda: dict(self._searched(gm, scalable)))
+        before = _Saved(traced_module(gm))
         try:
-            for group, fold, unit in _scalable(gm):
-                half = any(p.dtype.itemsize < 4 for p in _parameters(model, fold))
-                if half and fold.kind == "norm_plus_one":  # even a power of two changes what 1 + w rounds to
-                    continue
+            for group, fold, _ in scalable:
+                if group.name in found and found[group.name].exponent > 0:
+                    before.add(fold)
+                    rescale(before.model, fold, found[group.name].scales.cpu())
+        except BaseException:
+            before.put_back()
+            raise
+        return PassResult(gm, modified=True, undo=before.put_back)
+
+    def _searched(
+        self, gm: fx.GraphModule, scalable: Iterable[tuple[InputGroup, ScaleFold, Tensor]]
+    ) -> Iterator[tuple[str, ChannelScales]]:
+        """The scales of groups whose moments are here; those of one change no weight that another's follow from."""
+        model, plans = traced_module(gm), annotations(gm, PLAN)
+        for group, fold, unit in scalable:
+            half = any(p.dtype.itemsize < 4 for p in _parameters(model, fold))
+            if half and fold.kind == "norm_plus_one":  # even a power of two changes what 1 + w rounds to
+                continue
+            if group.name in self.moments:
                 moments = self.moments[group.name]
                 step = -(-sum(site.out_features for site in group.sites) // SAMPLE)
                 weight = stacked_weight(model, group, moments.power.device, step)
                 found = search(weight, moments, unit, plans[group.name], powers_of_two=half)
                 logger.debug("%s: exponent %g, error x %.3f", group.name, found.exponent, found.gain)
-                if found.exponent > 0:
-                    before.add(fold)
-                    rescale(model, fold, found.scales.cpu())
-        except BaseException:
-            before.put_back()
-            raise
-        return PassResult(gm, modified=True, undo=before.put_back)
+                yield group.name, found
 
 
 def search(

@@ -4,7 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 
 from mpfx.graph import InputGroup, traced_module
 from mpfx.passes.observe import Sensed, argument
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.stats import Sensitivity
 
 
 @dataclass
-class _Call:
+class Call:
     """One reading of a group's input: the squared gradients at the outputs of its sites add up here."""
 
     squares: Tensor
@@ -37,9 +38,8 @@ class Sensing:
 
     def __init__(self, gm: fx.GraphModule, groups: Sequence[InputGroup]) -> None:
         self._gm = gm
-        self._linear = [group for group in groups if group.sites[0].stack is None]
-        self._experts = [group for group in groups if group.sites[0].stack is not None]
-        self._batches: dict[str, list[list[Tensor]]] = {group.name: [] for group in self._linear}
+        self._groups = groups
+        self._batches: dict[str, list[list[Tensor]]] = {g.name: [] for g in groups if g.sites[0].stack is None}
         self._gradients: dict[str, float] = defaultdict(float)
 
     def batch(
@@ -58,9 +58,9 @@ class Sensing:
         Raises:
             ValueError: if the loss cannot be differentiated, or it or its gradient is not finite.
         """
-        calls: dict[str, list[_Call]] = {group.name: [] for group in self._linear}
+        calls: dict[str, list[Call]] = {name: [] for name in self._batches}
         model = traced_module(self._gm) if root is None else root
-        with around(), differentiating(model), self.listening(calls):
+        with around(), differentiating(model), _embeddings_requiring_gradients(model), self.listening(calls):
             value = loss()
             check_loss(value)
             before = {name: len(found) for name, found in calls.items()}
@@ -68,7 +68,7 @@ class Sensing:
         # Checkpoints run parts again during the backward pass, some of them beside the graph.
         self.take({n: [c for i, c in enumerate(found) if i < before[n] or c.heard] for n, found in calls.items()})
 
-    def take(self, calls: Mapping[str, Sequence[_Call]]) -> None:
+    def take(self, calls: Mapping[str, Sequence[Call]]) -> None:
         """Take in what was heard of one batch."""
         for name, found in calls.items():
             if not all(bool(torch.isfinite(call.squares).all()) for call in found):
@@ -78,43 +78,53 @@ class Sensing:
                 )
             self._batches[name].append([call.squares.cpu() for call in found])
 
-    def finalise(self) -> Sensed:
+    def finalise(self, ranks: Ranks = ALONE) -> Sensed:
         """Hand over what was gathered; keeps none.
+
+        Args:
+            ranks: that share the batches: each gets the sensitivities of its own ones, as part of all.
 
         Raises:
             ValueError: if the loss does not depend on what some sites put out.
         """
-        found = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
+        own = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
+        parts = ranks.gathered(lambda: ({name: replace(o, batches=()) for name, o in own.items()}, self._gradients))
+        found = {name: sensitivity.among([sums[name] for sums, _ in parts]) for name, sensitivity in own.items()}
+        paths = dict.fromkeys(path for _, part in parts for path in part)
+        gradients = {path: sum(part.get(path, 0.0) for _, part in parts) for path in paths}
         if idle := [name for name, sensitivity in found.items() if not sensitivity.mean > 0]:
             raise ValueError(
                 f"the loss does not depend on what sites {idle[:8]} put out, so nobody can tell how few bits they can "
                 "do with: leave them dense (`scope.exclude`), hand over a loss that depends on them, or set "
                 "`guidance: 0`."
             )
-        return Sensed(found, dict(self._gradients))
+        return Sensed(found, gradients)
 
     @contextmanager
-    def listening(self, calls: dict[str, list[_Call]]) -> Iterator[None]:
-        """Inside, runs of the model forward and backward add to the calls, by name of the group."""
+    def listening(self, calls: dict[str, list[Call]], groups: Sequence[InputGroup] | None = None) -> Iterator[None]:
+        """Inside, runs of the model forward and backward add to the calls, by name of the group.
+
+        Args:
+            calls: an empty list for every group of linear layers that is listened to.
+            groups: that are; None: all.
+        """
         model = traced_module(self._gm)
         with ExitStack() as stack:
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):  # what reentrant checkpoints ask for
-                    stack.callback(module.register_forward_hook(_requiring_gradient).remove)
-            for group in self._linear:
-                if group.name in calls:
+            for group in self._groups if groups is None else groups:
+                if group.sites[0].stack is None:
                     rows = sum(site.out_features for site in group.sites)
                     for site in group.sites:
                         hook = _site_hook(calls[group.name], rows)
                         module = model.get_submodule(site.path)
                         stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            self._listen_to_experts(model, stack)
+            experts = [g for g in (self._groups if groups is None else groups) if g.sites[0].stack is not None]
+            self._listen_to_experts(model, experts, stack)
             yield
 
-    def _listen_to_experts(self, model: nn.Module, stack: ExitStack) -> None:
-        parameters = {id(s.parameter(model)): s.parameter(model) for g in self._experts for s in g.sites}
-        sites = [site for group in self._experts for site in group.sites]
+    def _listen_to_experts(self, model: nn.Module, experts: Sequence[InputGroup], stack: ExitStack) -> None:
+        parameters = {id(s.parameter(model)): s.parameter(model) for group in experts for s in group.sites}
+        sites = [site for group in experts for site in group.sites]
 
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -129,7 +139,7 @@ class Sensing:
             stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
 
 
-def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
+def _site_hook(calls: list[Call], rows: int) -> Callable[..., Tensor | None]:
     """A forward hook of one site: its k-th call takes part in the k-th reading of its group."""
     count = 0
 
@@ -141,7 +151,7 @@ def _site_hook(calls: list[_Call], rows: int) -> Callable[..., Tensor | None]:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written to in place
         if count == len(calls):
             x = argument(args, kwargs)
-            calls.append(_Call(x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32)))
+            calls.append(Call(x.new_zeros(x.numel() // x.shape[-1], dtype=torch.float32)))
         call = calls[count]
         count += 1
 
@@ -177,6 +187,16 @@ def check_loss(value: Any) -> None:
         f"{found}: return the loss from `validation_step`, hand a function over as `ModelCompression(..., loss=...)`, "
         "or set `guidance: 0` to compress without it."
     )
+
+
+@contextmanager
+def _embeddings_requiring_gradients(model: nn.Module) -> Iterator[None]:
+    """What reentrant checkpoints ask for."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(_requiring_gradient).remove)
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.allocate import GroupPlan
-from mpfx.graph import Block, InputGroup, Site, blocks, last_readers, sites, traced_module
+from mpfx.graph import Block, InputGroup, Site, blocks, dead_ends, last_readers, sites, traced_module
 from mpfx.nn import PackedWeight, own_order, pack, pack_permutation, unpack
 from mpfx.passes.allocate import PLAN
 from mpfx.passes.base import Pass, PassResult
@@ -24,9 +24,11 @@ from mpfx.passes.observe import (
     groups_of_blocks,
     inputs_read,
     observed,
+    outputs_left_away,
     padding_masks,
     token_weights,
 )
+from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.report import SiteReport
 from mpfx.solve import factorise, layer_error, refine, sweep
@@ -185,6 +187,7 @@ class PruneAndQuantize(Pass):
         strict: refuse fallbacks, such as more damping than asked for, instead of reporting them.
         runner: how blocks run; groups are solved where they do.
         on_block: called with the name of a block and the share of the work that is done, for progress.
+        ranks: the processes, each with batches of its own; groups that are solved on one run of a block are shared out.
     """
 
     batches: Sequence[Mapping[str, Any]]
@@ -193,6 +196,7 @@ class PruneAndQuantize(Pass):
     strict: bool = False
     runner: Runner = field(default_factory=Runner)
     on_block: Callable[[str, float], None] = lambda name, share: None
+    ranks: Ranks = ALONE
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Groups are planned and there is something to calibrate on."""
@@ -253,7 +257,7 @@ class PruneAndQuantize(Pass):
         for groups in steps:
             with solved_weights(work.gm, here.values(), work.sites):
                 moments, amiss = self._observe(work, block, groups, streams, first=not here)
-            here.update(self._solve(work, block, groups, moments, amiss))
+            here.update(self._shared(work, block, groups, moments, amiss))
         if block.index == work.last:  # nothing that is solved comes after it
             return here
         for stream, same in zip(streams, alike, strict=True):
@@ -273,15 +277,16 @@ class PruneAndQuantize(Pass):
         Returns:
             The moments, and the groups that read other tokens than weights or the dense model's values were known for.
         """
-        reading, amiss = [Reading()], set[str]()
-        with observed(work.gm, groups, lambda: reading[0], work.weigh) as moments:
+        reading, amiss, idle = [Reading()], set[str](), dead_ends(block)
+        with observed(work.gm, groups, lambda: reading[0], work.weigh, channels=False) as moments:
             for index, stream in enumerate(streams):
                 references = {}
                 if stream.dense is not None and first:
                     reading[0] = Reading(paused=True)
                     references = self._dense_step(work, block, groups, stream)
                 reading[0] = Reading(stream.masks, self._weights(groups, index), references, amiss=amiss)
-                self.runner.run(block, stream.values, {})
+                with outputs_left_away(work.gm, idle):
+                    self.runner.run(block, stream.values, {})
         return moments, amiss
 
     def _weights(self, groups: Sequence[InputGroup], batch: int) -> dict[str, list[Tensor]]:
@@ -300,6 +305,19 @@ class PruneAndQuantize(Pass):
             assert stream.dense is not None
             stream.dense = self._after(work, block, stream.dense)
         return found
+
+    def _shared(
+        self,
+        work: "_Work",
+        block: Block,
+        groups: Sequence[InputGroup],
+        moments: Accumulators,
+        amiss: set[str],
+    ) -> dict[str, SolvedGroup]:
+        """Solve groups in as many processes as there are, on the batches of all, and hand the results to all."""
+        amiss = set().union(*self.ranks.gathered(lambda: amiss))
+        own = self.ranks.summed(moments, groups)
+        return self.ranks.joined(lambda: dict(self._solve(work, block, own, moments, amiss)))
 
     def _solve(
         self,

@@ -1,7 +1,7 @@
 """Solving one weight: grids, masks, the factor of the Hessian, the sweep, refinement. Tensors in, tensors out."""
 
 from mpfx.solve.coded import ScaleBases, fit_bases, fit_coded_grid
-from mpfx.solve.factor import Factor, factorise
+from mpfx.solve.factor import Factor, factor_diagonal, factorise
 from mpfx.solve.grid import Grid, GridConfig, fit_grid
 from mpfx.solve.mask import Sparsity, prune_lowest, prune_n_of_m
 from mpfx.solve.refine import refine
@@ -14,6 +14,7 @@ __all__ = [
     "GridConfig",
     "ScaleBases",
     "Sparsity",
+    "factor_diagonal",
     "factorise",
     "fit_bases",
     "fit_coded_grid",

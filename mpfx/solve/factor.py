@@ -1,6 +1,6 @@
 """The factor that the sweep walks along."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _LADDER = (1, 10, 100)
+
+_SMALLEST = 512  # channels of a triangle that is inverted as a whole
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,27 @@ def factorise(hessian: Tensor, damping: float = 0.01) -> Factor:
     Raises:
         ValueError: if the Hessian is not finite, or cannot be factorised after the last retry.
     """
+    return _climb(hessian, damping, _inverted)
+
+
+def factor_diagonal(hessian: Tensor, damping: float = 0.01) -> Tensor:
+    """Diagonal of the factor U alone, ``(in,)`` float32, which takes a Cholesky and no inverse of a triangle.
+
+    Args:
+        hessian: see :func:`factorise`, likewise what is raised.
+        damping: likewise.
+    """
+    return _climb(hessian, damping, lambda lower: lower.diagonal().reciprocal().diag_embed()).upper.diagonal()
+
+
+def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) -> Factor:
+    """Find the damping at which a Hessian can be factorised.
+
+    Args:
+        hessian: see :func:`factorise`.
+        damping: likewise.
+        invert: from the lower Cholesky factor of the flipped Hessian, which may be overwritten, to its inverse.
+    """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError(
             "the Hessian of the inputs holds NaN or infinity: the calibration data or the model produces such "
@@ -52,13 +75,16 @@ def factorise(hessian: Tensor, damping: float = 0.01) -> Factor:
         )
     mean = float(hessian.diagonal().mean())
     if mean <= 0:
-        upper = torch.eye(len(hessian), device=hessian.device)
-        return Factor(upper, 0.0, "no activation ever reached the input: rounded to nearest")
+        return Factor(
+            torch.eye(len(hessian), device=hessian.device),
+            0.0,
+            "no activation ever reached the input: rounded to nearest",
+        )
     tried: list[str] = []
     for dtype in (torch.float32, torch.float64):
         for fraction in (damping * step for step in _LADDER):
-            upper, info = _upper_of_inverse(hessian.to(dtype), fraction * mean)
-            if not info and bool(torch.isfinite(upper).all()):
+            upper = _upper_of_inverse(hessian.to(dtype), fraction * mean, invert)
+            if upper is not None and bool(torch.isfinite(upper).all()):
                 return Factor(upper.float(), fraction, f"Cholesky failed with {', '.join(tried)}" if tried else None)
             tried.append(f"damping {fraction:g} in {str(dtype).removeprefix('torch.')}")
     raise ValueError(
@@ -78,12 +104,38 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _upper_of_inverse(hessian: Tensor, ridge: float) -> tuple[Tensor, bool]:
+def _upper_of_inverse(hessian: Tensor, ridge: float, invert: Callable[[Tensor], Tensor]) -> Tensor | None:
     flipped = hessian.flip(0, 1)
     flipped.diagonal().add_(ridge)
     with _one_thread():
         lower, info = torch.linalg.cholesky_ex(flipped)
-    if int(info):
-        return lower, True
+    del flipped  # large
+    return None if int(info) else invert(lower).flip(0, 1)
+
+
+def _inverted(lower: Tensor) -> Tensor:
+    """The inverse of a triangle, which is overwritten on CUDA devices: products are many times as fast there."""
+    return invert_by_products(lower) if lower.is_cuda else _solved(lower)
+
+
+def _solved(lower: Tensor) -> Tensor:
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), False
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse
+
+
+def invert_by_products(lower: Tensor, smallest: int = _SMALLEST) -> Tensor:
+    """Invert a lower triangle in place: halves by themselves, and what lies between them as a product.
+
+    Args:
+        lower: ``(in, in)``, zero above the diagonal.
+        smallest: channels of a triangle that is not halved any more.
+    """
+    if len(lower) <= smallest:
+        return lower.copy_(_solved(lower))
+    half = len(lower) // 2
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    invert_by_products(first, smallest)
+    invert_by_products(last, smallest)
+    below.copy_((last @ (below @ first)).neg_())
+    return lower

@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, SCALE_BITS, Layout
-from mpfx.solve.coded import fit_bases, fit_coded_grid
+from mpfx.solve.coded import ScaleBases, fit_bases, fit_coded_grid
 from mpfx.solve.grid import GridConfig, fit_grid, nearest
 
 
-def round_nearest(weight: Tensor, layout: Layout, config: GridConfig, pruned: Tensor | None = None) -> Tensor:
+def round_nearest(
+    weight: Tensor,
+    layout: Layout,
+    config: GridConfig,
+    pruned: Tensor | None = None,
+    bases: ScaleBases | None = None,
+) -> Tensor:
     """Round every group of a layout to its own grid.
 
     Args:
@@ -18,12 +24,14 @@ def round_nearest(weight: Tensor, layout: Layout, config: GridConfig, pruned: Te
         layout: of the channels.
         config: how grids are fitted.
         pruned: bool ``(rows, in)``, True where the result is zero; None: nowhere.
+        bases: of coded scales, where they are known: they depend on where groups lie, not on their widths.
 
     Returns:
         ``(rows, in)`` float32: what the rounded weight stands for.
     """
     kept = weight if pruned is None else weight.masked_fill(pruned, 0.0)
-    bases = fit_bases(weight.t(), layout, config) if config.scale_bits == SCALE_BITS else None
+    if bases is None and config.scale_bits == SCALE_BITS:
+        bases = fit_bases(weight.t(), layout, config)
     rounded = torch.zeros_like(weight)
     alike: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for index, group in enumerate(layout.grids):

@@ -1,7 +1,8 @@
 """Statistics of what a layer reads, accumulated batch by batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -80,9 +81,11 @@ class MomentAccumulator:
     Args:
         in_features: channels of the input.
         device: where the sums lie.
+        channels: whether also sums of single channels are taken, behind `mean_abs`, `mean` and `variance`; else these
+            come out as NaN.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", *, channels: bool = True) -> None:
         # Apple's GPUs have no float64.
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
 
@@ -91,6 +94,7 @@ class MomentAccumulator:
 
         self._outer = zeros(in_features, in_features, dtype=torch.float32)  # blocks below the diagonal: not in use
         self._absolute, self._sum, self._square = zeros(in_features), zeros(in_features), zeros(in_features)
+        self.channels = channels
         self._drift: Tensor | None = None
         self.tokens = 0
 
@@ -124,9 +128,10 @@ class MomentAccumulator:
 
     def _add(self, x: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
         x = x if _multiplies_half(x) else x.float()
-        self._absolute += x.abs().sum(0, dtype=torch.float32)
-        self._sum += x.sum(0, dtype=torch.float32)
-        self._square += _squares(x)
+        if self.channels:
+            self._absolute += _absolutes(x)
+            self._sum += x.sum(0, dtype=torch.float32)
+            self._square += _squares(x)
         roots, share = (None, None) if weights is None else _roots(weights)
         scaled = _scaled(x, roots)
         _add_blocks(self._outer, scaled, scaled, share, upper=True)
@@ -143,6 +148,25 @@ class MomentAccumulator:
             self._drift.add_(other._drift.to(self._drift.device))
         self.tokens += other.tokens
 
+    @property
+    def drifting(self) -> bool:
+        """Whether what another model reads was seen too."""
+        return self._drift is not None
+
+    def add_up(self, add: Callable[[Tensor], Any], tokens: int, drifting: bool) -> None:
+        """Let the sums of all processes take the place of this one's.
+
+        Args:
+            add: called with one tensor after the other; adds up, in place, what all processes have of it.
+            tokens: that all of them saw.
+            drifting: whether any of them saw what another model reads.
+        """
+        if drifting and self._drift is None:
+            self._drift = torch.zeros_like(self._outer)
+        for tensor in (*self._sums(), *(() if self._drift is None else (self._drift,))):
+            add(tensor)
+        self.tokens = tokens
+
     def _sums(self) -> tuple[Tensor, ...]:
         return self._outer, self._absolute, self._sum, self._square
 
@@ -154,10 +178,11 @@ class MomentAccumulator:
         """
         if not self.tokens:
             raise ValueError("no token reached this input during calibration.")
-        mean = self._sum / self.tokens
+        known = self.tokens if self.channels else torch.nan
+        mean = self._sum / known
         return Moments(
             hessian=_mirrored(self._outer * (2 / self.tokens)),
-            mean_abs=(self._absolute / self.tokens).float(),
+            mean_abs=(self._absolute / known).float(),
             mean=mean.float(),
             variance=(self._square / self.tokens - mean.square()).clamp_(min=0).float(),
             tokens=self.tokens,
@@ -178,6 +203,14 @@ def _roots(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled(x: Tensor, roots: Tensor | None) -> Tensor:
     return x if roots is None else x * roots.to(x.dtype)
+
+
+def _absolutes(x: Tensor) -> Tensor:
+    """Sums over tokens of the absolute values, float32."""
+    if x.dtype == torch.float32:
+        return x.abs().sum(0)
+    norms: Tensor = torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32)
+    return norms
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How much the loss feels a change of what a layer puts out, token by token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,17 +19,32 @@ class Sensitivity:
     Attributes:
         batches: mean over the outputs of the squared gradient, for every batch and in it for every call of the sites
             ``(tokens,)`` float32, on the host.
-        mean: over all tokens.
+        total: sum over all tokens, also of batches that other processes hold.
+        tokens: how many these are.
     """
 
     batches: tuple[tuple[Tensor, ...], ...]
-    mean: float
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens."""
+        return self.total / max(self.tokens, 1)
 
     @classmethod
     def of(cls, batches: Sequence[Sequence[Tensor]]) -> "Sensitivity":
         """Take in what every batch gave."""
         tokens = np.concatenate([np.empty(0), *(call.double().numpy() for batch in batches for call in batch)])
-        return cls(tuple(map(tuple, batches)), float(tokens.sum()) / max(len(tokens), 1))
+        return cls(tuple(map(tuple, batches)), float(tokens.sum()), len(tokens))
+
+    def among(self, others: Sequence["Sensitivity"]) -> "Sensitivity":
+        """The same batches, as some of those that several processes hold.
+
+        Args:
+            others: of all processes, this one's too, in the same order everywhere.
+        """
+        return replace(self, total=sum(o.total for o in others), tokens=sum(o.tokens for o in others))
 
     def weights(self, batch: int, power: float) -> list[Tensor]:
         """Weights of the tokens of one batch in a Hessian, ``(tokens,)`` for every call.

@@ -83,6 +83,14 @@ def test_every_stage_has_its_time_and_floor(folder: str, guided: bool, monkeypat
     assert ("sense" in found.floors) == guided
 
 
+def test_unguided_is_plain_unless_told_otherwise() -> None:
+    plain, guided = CompressConfig(device="cpu").compression, CompressConfig(device="cpu", guided=True).compression
+    assert (plain.power, plain.corrected, plain.offload) == (0, 0, "never")
+    assert (guided.power, guided.corrected) == (0.5, 0.5)
+    other = CompressConfig(device="cpu", correction=0.25, streaming=True, allocation_tokens=10).compression
+    assert (other.corrected, other.offload, other.allocation_tokens) == (0.25, "always", 10)
+
+
 def test_nothing_is_left_wrapped(folder: str) -> None:
     def wrapped() -> list[Any]:
         return [vars(Pack)["__call__"], vars(solve)["sweep"], vars(MomentAccumulator)["update"]]
@@ -166,6 +174,9 @@ def test_the_command(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     ("wrong", "message"),
     [
         ({"samples": 0}, "`samples` of 1 or more but got 0"),
+        ({"devices": 0}, "`devices` of 1 or more but got 0"),
+        ({"devices": 3}, "at least one batch for each of 3 devices"),
+        ({"devices": 2, "device": "cuda:1"}, "`device` without a number with 2 devices"),
         ({"length": 2}, "`length` of 3 or more"),
         ({"layers": 1}, "`layers` of 2 or more"),
         ({"bits": 0.01}, "bits_per_weight"),

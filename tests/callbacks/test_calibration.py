@@ -1,12 +1,18 @@
-"""The recorder without a Trainer."""
+"""The recorder without a Trainer; which Trainers' processes can share a calibration."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from mpfx.callbacks import CallRecorder
+from mpfx.callbacks.calibration import FirstCall, check_alike, check_shares
 from mpfx.graph import trace
+from mpfx.lm import quiet_lightning
 from mpfx.passes import Scope, analysis, dense_moments, run_passes
 
 
@@ -88,3 +94,47 @@ def test_a_record_alone_leaves_no_hook() -> None:
     assert torch.equal(recorder.calls[0]["x"], x)
     assert recorder.graph_module is not None
     assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def trainer(**options: Any) -> pl.Trainer:
+    with quiet_lightning():
+        return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_processes_that_end_with_the_loop_are_refused(devices: int) -> None:
+    with pytest.raises(ValueError, match=r"spawns or forks them.*`strategy='ddp'`"):
+        check_shares(trainer(strategy="ddp_spawn", devices=devices))
+    check_shares(trainer(strategy="ddp", devices=devices))
+
+
+def test_processes_that_hold_parts_of_the_model_are_refused() -> None:
+    strategy = SimpleNamespace(launcher=None)
+    with pytest.raises(ValueError, match=r"strategy ddp.*got SimpleNamespace with 2 processes"):
+        check_shares(SimpleNamespace(strategy=strategy, world_size=2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by_batches", [False, True])
+def test_samples_that_come_twice_are_refused_wherever_the_sampler_is(by_batches: bool) -> None:
+    data: Any = list(range(7))
+    sampler: Any = DistributedSampler(data, num_replicas=2, rank=0)
+    loader = (
+        DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+        if by_batches
+        else DataLoader(data, sampler=sampler)
+    )
+    strategy = trainer(strategy="ddp", devices=2).strategy
+    with pytest.raises(ValueError, match=r"2 processes can share evenly but got 7, of which the sampler repeats 1"):
+        check_shares(SimpleNamespace(strategy=strategy, world_size=2, val_dataloaders=[loader]))  # type: ignore[arg-type]
+
+
+def first(digest: str, groups: list[str]) -> FirstCall:
+    return FirstCall(digest, 4, groups)
+
+
+def test_processes_have_to_run_one_model_on_batches_of_their_own() -> None:
+    check_alike([first("a", ["g"]), first("b", ["g"])])
+    with pytest.raises(ValueError, match="but 1 got the same first one as 0"):
+        check_alike([first("a", ["g"]), first("a", ["g"])])
+    with pytest.raises(ValueError, match="process 1 found the input groups"):
+        check_alike([first("a", ["g"]), first("b", ["h"])])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mpfx.callbacks
 from mpfx.callbacks import ModelCompression
-from mpfx.lm import CausalLM, make_trainer, quiet_lightning
+from mpfx.lm import CausalLM, losses_of, make_trainer, quiet_lightning
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.passes import CompressionConfig, PassError
 
@@ -128,9 +128,28 @@ def test_known_calls_take_the_place_of_the_loop(llama: Any, batches: Batches, va
 def test_calls_that_need_a_loss_are_not_taken(llama: Any, batches: Batches) -> None:
     callback = ModelCompression(CompressionConfig(code_bits=4), module="model", progress=False)
     assert callback.guided
-    with quiet_lightning(), pytest.raises(ValueError, match=r"`guidance: 0`: run `trainer\.validate`"):
+    with quiet_lightning(), pytest.raises(ValueError, match=r"a `loss` with guidance.*`trainer\.validate`"):
         callback.take_calls(make_trainer("cpu", progress=False), CausalLM(llama), batches)
     assert hooks(llama) == 0
+
+
+def test_a_loss_of_known_calls_guides_as_that_of_the_loop(llama: Any, batches: Batches, validate: Validate) -> None:
+    config, twin = CompressionConfig(bits_per_weight=5), copy.deepcopy(llama)
+    looped = ModelCompression(config, module="model")
+    validate(CausalLM(llama), batches, looped)
+    callback = ModelCompression(config, module="model", progress=False)
+    assert callback.guided
+    calls = ({**batch, "use_cache": False} for batch in batches)
+    with quiet_lightning():
+        callback.take_calls(make_trainer("cpu", progress=False), CausalLM(twin), calls, losses_of(batches))
+    assert hooks(twin) == 0
+    assert callback.seconds["sense"] > 0
+    for ours, theirs in zip(callback.solved, looped.solved, strict=True):
+        assert torch.equal(ours.plan.bits, theirs.plan.bits), ours.plan.name
+        for path in ours.weights:
+            assert torch.allclose(
+                ours.dense(path), theirs.dense(path), atol=1e-3 * float(theirs.dense(path).abs().max())
+            )
 
 
 def test_known_calls_leave_no_hook_behind_when_they_fail(llama: Any, batches: Batches) -> None:

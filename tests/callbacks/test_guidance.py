@@ -140,6 +140,8 @@ def test_one_calibration_serves_many_configs(llama: Any, batches: Batches, valid
     validate(CausalLM(llama), batches, calibrate)
     assert calibrate.calibration is not None
     plain, guided = calibrate.calibration.moments, calibrate.calibration.guided
+    assert plain is not None
+    assert guided is not None
     assert plain.keys() == guided.keys()
     name = next(iter(plain))
     assert plain[name].tokens == guided[name].tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpfx.graph import bind_inputs, blocks, last_readers, run_block, sites, trace
+from mpfx.graph import bind_inputs, blocks, dead_ends, last_readers, run_block, sites, trace
 
 
 def test_llama_blocks(family: Any) -> None:
@@ -20,6 +20,14 @@ def test_llama_blocks(family: Any) -> None:
     assert parts[3].sites == ("lm_head",)
     assert [site.block for site in sites(gm)] == [1] * 7 + [2] * 7 + [None]
     assert "input_ids" not in run_block(parts[0], bind_inputs(gm, (), sample(3, 8)), last_readers(parts))
+
+
+def test_what_no_other_site_reads_is_a_dead_end(family: Any) -> None:
+    model, sample = family("llama")
+    parts = blocks(trace(model, (), sample(2, 5)))
+    assert dead_ends(parts[0]) == ()
+    assert dead_ends(parts[1]) == ("model.layers.0.mlp.down_proj",)
+    assert dead_ends(parts[3]) == ("lm_head",)
 
 
 def test_chain_blocks(chain: nn.Module, run_in_blocks: Any) -> None:

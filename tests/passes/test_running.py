@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from mpfx.graph import bind_inputs, blocks, run_on, trace
+from mpfx.graph import bind_inputs, blocks, dead_ends, last_readers, run_block, run_on, trace
 from mpfx.passes import (
     Allocate,
     CompressionConfig,
@@ -20,9 +20,12 @@ from mpfx.passes import (
     SolveConfig,
     analysis,
     dense_moments,
+    located,
+    observed,
     run_passes,
     running,
 )
+from mpfx.passes.observe import outputs_left_away
 
 Batches = list[dict[str, Tensor]]
 CPU = torch.device("cpu")
@@ -103,6 +106,41 @@ def test_everything_is_home_again_when_a_block_fails(llama: Any, batches: Batche
     assert {name: p.data_ptr() for name, p in llama.named_parameters()} == homes
 
 
+class Gather(nn.Module):
+    """Without children, so graphs call it as a whole."""
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.get_buffer("order"))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        order = torch.randperm(8)
+        self.one, self.two, self.first, self.second = Gather(order), Gather(order), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.first(self.one(x)) * self.second(self.two(x))
+        return out
+
+
+def test_a_buffer_that_modules_share_is_moved_in_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Layer(), Layer()]
+    gm = trace(nn.Sequential(*layers), (torch.randn(3, 8),))
+    homes, seen = [layer.one.order for layer in layers], []
+    Copies(monkeypatch)
+    with Runner(CPU).placed(blocks(gm)) as placed:
+        for _ in placed:
+            assert all(layer.one.order is layer.two.order for layer in layers)
+            seen.append([layer.one.order is home for layer, home in zip(layers, homes, strict=True)])
+    assert seen == [[False, True], [True, False]]
+    assert all(layer.one.order is layer.two.order is home for layer, home in zip(layers, homes, strict=True))
+
+
 def test_values_wait_on_the_host_where_the_device_is_crowded(
     llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +162,24 @@ def test_values_wait_on_the_host_where_the_device_is_crowded(
         waiting = dict(dense_moments(gm, [values], Runner(CPU, most_bytes=10)))
     assert moved
     assert all(torch.equal(plain[name].hessian, found.hessian) for name, found in waiting.items())
+
+
+def test_layers_whose_outputs_nobody_needs_do_not_run(llama: Any, batches: Batches) -> None:
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis(Scope()))
+    values, down = bind_inputs(gm, (), {**batches[0], "use_cache": False}), llama.model.layers[0].mlp.down_proj
+    parts = blocks(gm)
+    with torch.no_grad():
+        values = run_block(parts[0], values, last_readers(parts))
+        with observed(gm, located(gm)) as expected:
+            run_block(parts[1], values, {})
+        with observed(gm, located(gm)) as found, outputs_left_away(gm, dead_ends(parts[1])):
+            assert not down(torch.ones(2, 160)).any()
+            run_block(parts[1], values, {})
+    assert found.keys() == expected.keys()
+    down_name = "model.layers.0.mlp.down_proj"
+    others = found.keys() - {down_name}  # the call by hand was observed too
+    assert all(torch.equal(found[n].finalise().hessian, expected[n].finalise().hessian) for n in others)
+    assert down(torch.ones(2, 160)).any()
 
 
 def test_a_graph_makes_its_tensors_where_it_runs(llama: Any, batches: Batches) -> None:

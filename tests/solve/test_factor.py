@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mpfx.solve import factorise
+from mpfx.solve import factor_diagonal, factorise
+from mpfx.solve.factor import invert_by_products
 
 
 def hessian(channels: int, tokens: int) -> torch.Tensor:
@@ -21,6 +22,23 @@ def test_is_the_upper_factor_of_the_damped_inverse(scale: float) -> None:
     torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(20, dtype=torch.float64), rtol=0, atol=1e-4)
     torch.testing.assert_close(factor.inverse_diagonal.double(), damped.inverse().diagonal(), rtol=1e-4, atol=0)
     assert (factor.damping, factor.fallback) == (0.02, None)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 40])
+def test_triangles_are_inverted_by_products(channels: int) -> None:
+    lower = torch.linalg.cholesky(hessian(channels, 400).double())
+    expected = torch.linalg.inv(lower)
+    found = invert_by_products(lower.clone(), 4)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    assert torch.equal(found, found.tril())
+
+
+def test_the_diagonal_alone_climbs_the_same_ladder() -> None:
+    h = hessian(20, 100)
+    torch.testing.assert_close(factor_diagonal(h, 0.02), factorise(h, 0.02).upper.diagonal())
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.05]))
+    torch.testing.assert_close(factor_diagonal(indefinite), factorise(indefinite).upper.diagonal())
+    assert torch.equal(factor_diagonal(torch.zeros(3, 3)), torch.ones(3))
 
 
 def test_dead_channels_are_decoupled() -> None:

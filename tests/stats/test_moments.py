@@ -106,3 +106,12 @@ def test_half_precision_on_cuda(dtype: torch.dtype, rounding: float, weighted: b
 def test_no_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="no token"):
         MomentAccumulator(3).finalise()
+
+
+def test_channels_that_were_not_looked_at_are_no_numbers() -> None:
+    x = torch.randn(30, 6)
+    alone = MomentAccumulator(6, channels=False)
+    alone.update(x)
+    moments = alone.finalise()
+    assert torch.allclose(moments.hessian, 2 / 30 * x.t() @ x, atol=1e-6)
+    assert all(bool(part.isnan().all()) for part in (moments.mean_abs, moments.mean, moments.variance))

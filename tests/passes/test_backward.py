@@ -1,0 +1,92 @@
+"""Sensitivities block by block against one backward pass through the whole model."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from mpfx.graph import bind_inputs, trace
+from mpfx.lm import losses_of
+from mpfx.passes import Runner, Sensed, Sensing, analysis, backward, located, run_passes, running, sense_by_blocks
+
+Batches = list[dict[str, Tensor]]
+CPU = torch.device("cpu")
+
+
+def traced(model: nn.Module, batch: dict[str, Tensor]) -> fx.GraphModule:
+    return run_passes(trace(model, (), {**batch, "use_cache": False}), analysis())
+
+
+def whole(model: Any, batches: Batches) -> Sensed:
+    gm, loss = traced(model, batches[0]), losses_of(batches)
+    sensing = Sensing(gm, located(gm))
+    for index, batch in enumerate(batches):
+        sensing.batch(lambda index=index, batch=batch: loss(model(**batch, use_cache=False), index))  # type: ignore[misc]
+    return sensing.finalise()
+
+
+def by_blocks(model: nn.Module, batches: Batches) -> Sensed:
+    gm = traced(model, batches[0])
+    sensing = Sensing(gm, located(gm))
+    values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+    sense_by_blocks(sensing, gm, values, losses_of(batches), Runner(CPU))
+    return sensing.finalise()
+
+
+def check_alike(found: Sensed, expected: Sensed) -> None:
+    assert found.sensitivities.keys() == expected.sensitivities.keys()
+    for name, known in expected.sensitivities.items():
+        assert found.sensitivities[name].mean == pytest.approx(known.mean, rel=1e-4)
+        for ours, theirs in zip(found.sensitivities[name].batches, known.batches, strict=True):
+            assert len(ours) == len(theirs)
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(other.max()))
+    assert found.gradients == pytest.approx(expected.gradients, rel=1e-3)
+
+
+def test_blocks_alone_feel_what_the_whole_model_feels(language_model: Any, batches: Batches) -> None:
+    expected = whole(language_model, batches)
+    frozen = {name: p.requires_grad for name, p in language_model.named_parameters()}
+    check_alike(by_blocks(language_model, batches), expected)
+    assert {name: p.requires_grad for name, p in language_model.named_parameters()} == frozen
+    assert all(p.grad is None for p in language_model.parameters())
+    assert not any(module._forward_hooks for module in language_model.modules())
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_moved_blocks_too(llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    expected = whole(llama, batches)
+    fetched: list[Tensor] = []
+    original = running._Fetcher._copy
+
+    def copied(fetcher: Any, tensor: Tensor) -> Tensor:
+        fetched.append(tensor)
+        return original(fetcher, tensor)
+
+    monkeypatch.setattr(running, "is_away", lambda tensor, device: True)
+    monkeypatch.setattr(running._Fetcher, "_copy", copied)
+    monkeypatch.setattr(backward, "_free_bytes", lambda: free)
+    check_alike(by_blocks(llama, batches), expected)
+    times = sum(tensor.data_ptr() == llama.model.layers[1].mlp.up_proj.weight.data_ptr() for tensor in fetched)
+    assert times == 2 * (1 if free else len(batches))  # there and back
+
+
+def test_experts_too() -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    batches = [{"input_ids": torch.randint(0, 60, (2, 16))} for _ in range(2)]
+    expected = whole(model, batches)
+    assert expected.gradients
+    check_alike(by_blocks(model, batches), expected)

@@ -1,0 +1,43 @@
+"""What bits are given by."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpfx.graph import bind_inputs, trace
+from mpfx.passes import Calibration, CompressionConfig, Runner, Sensed, analysis, located, run_passes
+from mpfx.passes.pipeline import _spread
+from mpfx.stats import Sensitivity
+
+Batches = list[dict[str, Tensor]]
+
+
+def test_some_batches_stand_for_all() -> None:
+    assert _spread([10] * 8, None) == list(range(8))
+    assert _spread([10] * 8, 80) == list(range(8))
+    assert _spread([10] * 8, 40) == [0, 2, 4, 6]
+    assert _spread([10] * 8, 31) == [0, 2, 4, 6]
+    assert _spread([10] * 8, 1) == [0]
+    assert _spread([5, 100, 5, 5], 30) == [0, 1, 2]
+
+
+def test_the_others_are_not_observed(llama: Any, batches: Batches) -> None:
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis())
+    calls = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+    first = calls[0]["input_ids"].numel()
+    tokens = tuple(torch.full((call["input_ids"].numel(),), 1.0 + i) for i, call in enumerate(calls))
+    sensed = Sensed({group.name: Sensitivity.of([[call] for call in tokens]) for group in located(gm)})
+    with torch.no_grad():
+        some = dict(Calibration(gm, calls, sensed).statistics(_config(first), Runner()))
+        alone = dict(Calibration(gm, calls[:1], sensed.of([0], 1 / len(calls))).statistics(_config(None), Runner()))
+    assert {moments.tokens for moments in some.values()} == {first}
+    assert all(torch.equal(moments.hessian, alone[name].hessian) for name, moments in some.items())
+    assert len(batches) > 1
+    with pytest.raises(ValueError, match="`allocation_tokens` of 1 or more"):
+        _config(0)
+
+
+def _config(tokens: int | None) -> CompressionConfig:
+    return CompressionConfig(bits_per_weight=4, allocation_tokens=tokens)
