@@ -175,6 +175,7 @@ def observed(
     weigh: "Weigh | None" = None,
     *,
     channels: bool = True,
+    products: bool = True,
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
@@ -185,6 +186,7 @@ def observed(
             number of tokens (one expert's share) counts in full.
         weigh: :func:`token_weights` of these groups and others, where it is at hand.
         channels: see :class:`mpfx.stats.MomentAccumulator`.
+        products: likewise.
     """
     moments: Accumulators = {}
     weigh = token_weights(gm, groups) if weigh is None else weigh
@@ -194,7 +196,7 @@ def observed(
         if now.paused:
             return
         if name not in moments:
-            moments[name] = MomentAccumulator(x.shape[-1], x.device, channels=channels)
+            moments[name] = MomentAccumulator(x.shape[-1], x.device, channels=channels, products=products)
         weights = weigh(name, x, now.masks, now.next_weights(name, x))
         with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
             moments[name].update(x, weights, now.next_reference(name, x))
@@ -299,6 +301,7 @@ def dense_moments(
     sensed: Sensed | None = None,
     *,
     channels: bool = True,
+    products: bool = True,
 ) -> Iterator[tuple[str, Moments]]:
     """Observe what every located input group reads in the model as it is, block after block.
 
@@ -312,6 +315,7 @@ def dense_moments(
         sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
             x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
         channels: see :class:`mpfx.stats.MomentAccumulator`.
+        products: likewise.
 
     Yields:
         Name and statistics of the groups that were called, while their block lies on the device.
@@ -324,7 +328,7 @@ def dense_moments(
     with runner.placed(parts) as placed:
         for block in placed:
             here = groups[block.index]
-            with observed(gm, here, lambda: reading[0], weigh, channels=channels) as seen:
+            with observed(gm, here, lambda: reading[0], weigh, channels=channels, products=products) as seen:
                 for index, values in enumerate(streams):
                     weights = {} if sensed is None else sensed.weights(here, index)
                     reading[0] = Reading(masks[index], weights)

@@ -66,17 +66,19 @@ class Calibration:
         """The moments that a config allocates by, one input group after the other."""
         kept = self.guided if config.power else self.moments
         if not kept:
-            channels, tokens = config.looks_at_channels, config.allocation_tokens
-            yield from self._observed(bool(config.power), runner, channels=channels, tokens=tokens)
+            guided, tokens = bool(config.power), config.allocation_tokens
+            needs = {"channels": config.looks_at_channels, "products": config.looks_at_products or guided}
+            yield from self._observed(guided, runner, tokens=tokens, **needs)
         for name, moments in kept.items():
             yield name, moments if runner.device is None else moments.to(runner.device)
 
     def _observed(
-        self, guided: bool, runner: Runner, *, channels: bool = True, tokens: int | None = None
+        self, guided: bool, runner: Runner, *, tokens: int | None, channels: bool = True, products: bool = True
     ) -> Iterator[tuple[str, Moments]]:
         chosen = _spread([tokens_of(call) for call in self.calls], tokens)
         sensed = self.sensed.of(chosen) if guided else None
-        return dense_moments(self.graph_module, [self.calls[i] for i in chosen], runner, sensed, channels=channels)
+        calls = [self.calls[i] for i in chosen]
+        return dense_moments(self.graph_module, calls, runner, sensed, channels=channels, products=products)
 
 
 @dataclass(frozen=True)

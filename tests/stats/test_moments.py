@@ -1,5 +1,7 @@
 """Accumulated statistics against numpy on all tokens at once."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,24 @@ def test_half_precision_on_cuda(dtype: torch.dtype, rounding: float, weighted: b
 def test_no_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="no token"):
         MomentAccumulator(3).finalise()
+
+
+def test_the_diagonal_alone_is_that_of_the_hessian() -> None:
+    x, mask = torch.randn(30, 6), torch.ones(30)
+    mask[20:] = 0
+    whole, alone = MomentAccumulator(6), MomentAccumulator(6, products=False)
+    for accumulator in (whole, alone):
+        accumulator.update(x[:15], mask[:15])
+        other = copy.deepcopy(accumulator)
+        other.update(x[15:], mask[15:])
+        accumulator.merge(other)
+    expected, found = whole.finalise(), alone.finalise()
+    assert found.tokens == expected.tokens == 35
+    assert torch.allclose(found.hessian, expected.hessian.diagonal().diag(), rtol=1e-5)
+    assert torch.allclose(found.channels.power, expected.channels.power, rtol=1e-5)
+    assert torch.allclose(found.mean_abs, expected.mean_abs, rtol=1e-5)
+    with pytest.raises(ValueError, match="count alike"):
+        alone.update(x, torch.full((30,), 0.5))
 
 
 def test_channels_that_were_not_looked_at_are_no_numbers() -> None:
