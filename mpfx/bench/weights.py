@@ -9,7 +9,7 @@ from torch import Tensor
 from mpfx.nn import SEGMENT, CodedScales, Layout, PackedWeight, pack_permutation, permutation_bytes, stored_bytes
 from mpfx.nn.layout import SCALE_BITS, scale_shapes
 from mpfx.nn.packing import count_kept
-from mpfx.nn.planes import pack_codes
+from mpfx.nn.planes import pack_mask
 
 GROUP = 64
 """Channels that share a scale."""
@@ -118,7 +118,7 @@ def _random_words(count: int, generator: torch.Generator) -> Tensor:
 
 def _random_mask(layout: Layout, rows: int, sparsity: float, generator: torch.Generator) -> Tensor:
     kept = torch.rand(rows, layout.in_features, generator=generator, device=generator.device) >= sparsity
-    return pack_codes(kept, 1).t().contiguous()
+    return pack_mask(kept)
 
 
 def random_order(in_features: int, generator: torch.Generator) -> Tensor:

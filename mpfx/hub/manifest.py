@@ -21,7 +21,7 @@ import torch
 from mpfx.nn import SEGMENT
 
 FORMAT = "mpfx"
-VERSION, VERSION_WITH_EXPERTS = 1, 2
+VERSION, VERSION_WITH_EXPERTS = 3, 4  # versions 1 and 2 had the bits of masks in another order
 MANIFEST = "mpfx.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The weights file, and the file beside its shards that says which tensor is in which."""

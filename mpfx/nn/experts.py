@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from math import prod
+from operator import is_
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpfx.nn.layout import SCALE_BITS, Layout, scale_shapes, stored_bytes, words
+from mpfx.nn.operand import PackedOperand
 from mpfx.nn.packed import PackedModule, pack_permutation
 from mpfx.nn.packing import PARTS, PackedWeight, count_kept, own_order, unpack, validate
 
@@ -70,6 +72,7 @@ class PackedStack(PackedModule):
     ) -> None:
         super().__init__()
         _check_alike(weights)
+        self._known: tuple[tuple[Tensor | None, ...], dict[int, PackedWeight]] | None = None  # of these buffers
         self.layouts = tuple(weight.layout for weight in weights)
         self.out_features, self.in_features = weights[0].out_features, weights[0].layout.in_features
         self.transposed = transposed
@@ -109,6 +112,11 @@ class PackedStack(PackedModule):
         return torch.Size((self.experts, *(reversed(sizes) if self.transposed else sizes)))
 
     @property
+    def device(self) -> torch.device:
+        """Of the packed tensors."""
+        return self.codes.device
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes, without the permutations that stacks of the same input share."""
         return sum(part.nbytes for name in PARTS if (part := getattr(self, name)) is not None)
@@ -126,8 +134,25 @@ class PackedStack(PackedModule):
         """
         if not 0 <= expert < self.experts:
             raise IndexError(f"Expected an expert in 0 .. {self.experts - 1} but got {expert}.")
-        parts = {name: self._part(name, expert) for name in PARTS}
-        return _shaped(parts, self.layouts[expert], self.out_features)
+        known = self._weights_known()
+        if expert not in known:
+            parts = {name: self._part(name, expert) for name in PARTS}
+            known[expert] = _shaped(parts, self.layouts[expert], self.out_features)
+        return known[expert]
+
+    def _weights_known(self) -> dict[int, PackedWeight]:
+        """Those asked for so far, to which kernels add what they find out."""
+        buffers = tuple(map(self._buffers.get, PARTS))
+        if self._known is None or not all(map(is_, self._known[0], buffers)):
+            self._known = (buffers, {})
+        return self._known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
+
+    def order(self, expert: int) -> Tensor | None:
+        """The permutation of one expert's channels: channel ``order[k]`` of the input meets channel k; or None."""
+        return None if self.permutation is None else self.permutation[expert]
 
     def _part(self, name: str, expert: int) -> Tensor | None:
         whole: Tensor | None = getattr(self, name)
@@ -138,8 +163,11 @@ class PackedStack(PackedModule):
 
     def dense(self, expert: int) -> Tensor:
         """The dense weight ``(out, in)`` of one expert in the input's own channel order; made anew at every call."""
-        order = None if self.permutation is None else self.permutation[expert]
-        return own_order(unpack(self.packed(expert)).dequantize().to(self.weight_dtype), order)
+        return own_order(unpack(self.packed(expert)).dequantize().to(self.weight_dtype), self.order(expert))
+
+    def operand(self) -> Tensor:
+        """What stands for the parameter in products, without being dense; no more than that, and without memory."""
+        return PackedOperand.of(self, self.weight_dtype)
 
     def stacked(self) -> Tensor:
         """The whole parameter that this stands for, of shape ``shape``; made anew at every call."""
@@ -159,11 +187,13 @@ class PackedStack(PackedModule):
 
 
 class PackedExperts(nn.Module):
-    """A user's experts module over packed weights: its own code runs, on dense weights made for the call.
+    """A user's experts module over packed weights: its own code runs, and what it multiplies with is packed.
 
-    The dense weights of one call are all that is dense at a time. Other parameters, buffers and children are shared
-    with the module given, under the same names; the module itself stays as it is. What it offers besides (``config``,
-    ``num_experts``) can be read here too.
+    A product of activations with the matrix of an expert runs on the kernels of :class:`mpfx.nn.MixedPrecisionLinear`,
+    if the expert has activations; :class:`mpfx.nn.operand.PackedOperand` tells what is dense, for the length of an
+    operation. Under a compiler, which cannot see through that, the stacks are dense for the length of the call. Other
+    parameters, buffers and children are shared with the module given, under the same names; the module itself stays as
+    it is. What it offers besides (``config``, ``num_experts``) can be read here too.
 
     Args:
         experts: the module, or another packed one, all of whose stacks are replaced.
@@ -203,17 +233,17 @@ class PackedExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the user's forward."""
-        with self._unpacked() as inner:
+        with self._at_hand() as inner:
             return inner(*args, **kwargs)
 
     @contextmanager
-    def _unpacked(self) -> Iterator[nn.Module]:
+    def _at_hand(self) -> Iterator[nn.Module]:
         inner: nn.Module = self.__dict__["_inner"]
         inner.training = self.training
         inner._modules = {name: child for name, child in self._modules.items() if name not in self.packed_stacks}
         try:
             for name, stack in self.packed_stacks.items():
-                inner.__dict__[name] = stack.stacked()
+                inner.__dict__[name] = stack.stacked() if torch.compiler.is_compiling() else stack.operand()
             yield inner
         finally:
             for name in self.packed_stacks:

@@ -31,11 +31,14 @@ def pack_permutation(order: Tensor) -> Tensor:
 class PackedModule(nn.Module):
     """What packed modules have in common: moved to another dtype, their scales stay what they are."""
 
+    _known: Any  # packed weights over the module's buffers
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # A change of dtype (`.half()`, `.to(torch.bfloat16)`) is meant for computing; the stored scales stay what
         # they are.
         before = {name: part for name in FLOAT_PARTS if (part := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._known = None  # would keep the memory that was moved away from
         for name, scales in before.items():
             moved: Tensor = getattr(self, name)
             if moved.dtype != scales.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpfx.nn.layout import LEFT_OUT, SCALE_BITS, SEGMENT, Layout, Span, scale_shapes, stored_bytes, words
-from mpfx.nn.planes import pack_codes, unpack_codes
+from mpfx.nn.planes import last_word, pack_codes, pack_mask, unpack_codes, unpack_mask
 from mpfx.nn.scales import CodedScales, Scales, decoded, scale_rows
 
 FLOAT_PARTS = ("scales", "row_scales", "group_scales")
@@ -72,8 +72,8 @@ class PackedWeight:
             are left out have none.
         scales: float16 ``(out, grids)``, one column per quantized group; or coded.
         zeros: int32 ``(words,)``: per quantized group the packed zero points of all rows; None if symmetric.
-        mask: int32 ``(segments, out)``, one bit a channel of the segment, 1 = kept, all 0 where the
-            segment is left out; None: nothing is pruned within the others.
+        mask: int32 ``(segments, out)``, bit k for channel k of the segment, 1 = kept, all 0 where the segment is left
+            out; None: nothing is pruned within the others.
         widths: uint8 ``(segments,)``.
         layout: of the channels.
     """
@@ -137,7 +137,7 @@ class PackedWeight:
         if self.mask is None:
             left_out = sum(run.channels for run in self.layout.runs if run.bits == LEFT_OUT)
             return left_out / self.layout.in_features
-        return 1 - float(unpack_codes(self.mask.t(), 1, self.layout.in_features).double().mean())
+        return 1 - float(unpack_mask(self.mask, self.layout.in_features).double().mean())
 
 
 def _scales_of(parts: Mapping[str, Tensor | None]) -> Scales:
@@ -159,7 +159,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         codes=_pack_rows(weight) if weight.kept is None else _pack_streams(weight),
         scales=weight.scales.contiguous() if isinstance(weight.scales, Tensor) else weight.scales,
         zeros=_pack_zeros(weight),
-        mask=None if weight.kept is None else pack_codes(weight.kept, 1).t().contiguous(),
+        mask=None if weight.kept is None else pack_mask(weight.kept),
         widths=torch.tensor(layout.widths, dtype=torch.uint8, device=weight.codes.device),
         layout=layout,
     )
@@ -167,7 +167,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
     """Undo :func:`pack`."""
-    kept = None if packed.mask is None else unpack_codes(packed.mask.t(), 1, packed.layout.in_features).bool()
+    kept = None if packed.mask is None else unpack_mask(packed.mask, packed.layout.in_features)
     return QuantizedWeight(
         codes=_unpack_rows(packed) if kept is None else _unpack_streams(packed, kept),
         scales=packed.scales,
@@ -348,9 +348,8 @@ def _segment_counts(mask: Tensor, layout: Layout) -> list[int]:
     In Python's integers, one segment at a time: unpacking would take 32 times as much memory, and blocks as large as a
     mask would leave holes in the heap, so that checking a whole model took the memory of all masks once more.
     """
-    segments = list(mask.cpu().numpy())
-    if rest := layout.in_features % SEGMENT:
-        segments[-1] = segments[-1] & int(pack_codes(torch.ones(rest, dtype=torch.int32), 1))
+    segments = list(mask.cpu().numpy().view("uint32"))
+    segments[-1] = segments[-1] & last_word(layout.in_features)
     return [int.from_bytes(segment.tobytes(), "little").bit_count() for segment in segments]
 
 
@@ -364,10 +363,9 @@ def survivors(mask: Tensor, layout: Layout) -> Tensor:
     Returns:
         int32 ``(segments, rows)``.
     """
-    inside = torch.full((len(mask), 1), -1, dtype=torch.int32, device=mask.device)
-    if rest := layout.in_features % SEGMENT:
-        inside[-1] = pack_codes(torch.ones(rest, dtype=torch.int32, device=mask.device), 1)
-    bits = mask & inside
+    bits = mask.clone()
+    if layout.in_features % SEGMENT:
+        bits[-1] &= last_word(layout.in_features)
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F

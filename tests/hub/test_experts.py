@@ -102,7 +102,7 @@ def test_models_of_transformers(tmp_path: Path, name: str, masked: bool, coded: 
     assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
-    assert json.loads((tmp_path / "mpfx.json").read_text())["version"] == 2
+    assert json.loads((tmp_path / "mpfx.json").read_text())["version"] == 4
 
 
 def test_the_sites_are_as_large_as_the_file(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_half_precision(tmp_path: Path) -> None:
 def test_models_without_experts_keep_their_version(tmp_path: Path) -> None:
     mpfx.save(nn.Sequential(packed_linear(8, 64)), tmp_path)
     manifest = json.loads((tmp_path / "mpfx.json").read_text())
-    assert manifest["version"] == 1
+    assert manifest["version"] == 3
     assert "experts" not in manifest
 
 
@@ -213,8 +213,8 @@ def in_both(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (top(version=1), r"\['experts'\] are unknown"),
-        (top(version=3), "version 1 or 2 but got 'mpfx' version 3"),
+        (top(version=3), r"\['experts'\] are unknown"),
+        (top(version=5), "version 3 or 4 but got 'mpfx' version 5"),
         (without("experts"), r"\['experts'\] are lacking"),
         (top(experts={}), "expected `experts` to be an object with an entry per packed parameter"),
         (top(experts=[]), "expected `experts`"),

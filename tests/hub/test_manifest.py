@@ -8,9 +8,9 @@ import mpfx
 from tests.hub.models import Change, edit, field, own, refused, site, tie, top, without
 
 MANIFESTS: list[tuple[str, Change, str]] = [
-    ("other format", top(format="gguf"), "to be 'mpfx' version 1 or 2 but got 'gguf' version 1"),
-    ("other version", top(version=99), "version 1 or 2 but got 'mpfx' version 99"),
-    ("true version", top(version=True), "version 1 or 2 but got 'mpfx' version True"),
+    ("other format", top(format="gguf"), "to be 'mpfx' version 3 or 4 but got 'gguf' version 3"),
+    ("other version", top(version=99), "version 3 or 4 but got 'mpfx' version 99"),
+    ("true version", top(version=True), "version 3 or 4 but got 'mpfx' version True"),
     ("list version", top(version=[1]), r"version \[1\]"),
     ("no format", without("format"), "not a manifest of mpfx: expected an object with `format`"),
     ("other segment", top(segment=64), "expected `segment` to be 32 but got 64"),

@@ -311,7 +311,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: edit(folder, lambda m: m["sites"][SITE].update(in_features=32)), "Expected|expected"),
     (
         config_edited(lambda c: c.update(version=9)),
-        r"config\.json to be 'mpfx' version 1 or 2 but got 'mpfx' version 9",
+        r"config\.json to be 'mpfx' version 3 or 4 but got 'mpfx' version 9",
     ),
     (config_edited(lambda c: c.update(segment=16)), r"config\.json: expected `segment` to be 32"),
     (config_edited(lambda c: c.pop("sites")), r"config\.json: expected the fields"),

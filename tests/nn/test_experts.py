@@ -1,4 +1,7 @@
-"""Packed experts against the same module with the dequantized weights written into it."""
+"""Packed experts against the same module with the dequantized weights written into it.
+
+Their products are those of the kernels, whose own tests tell how far they may be off.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -216,6 +220,16 @@ def test_a_change_of_dtype_leaves_the_stored_weights_alone(coded: bool) -> None:
     assert copy.deepcopy(stack).half().stacked().dtype == torch.float16
 
 
+def error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def close(found: Tensor, expected: Tensor, most: float = 3e-4) -> bool:
+    same = found.shape == expected.shape and found.dtype == expected.dtype and found.isfinite().all()
+    return bool(same) and error(found, expected) < most
+
+
 class Experts(nn.Module):
     """A user's own: a loop, biases, a buffer, a child, something it counts."""
 
@@ -259,6 +273,18 @@ def stacks_for(module: nn.Module, transposed: bool, **kinds: bool) -> dict[str, 
     return stacks
 
 
+@contextmanager
+def nothing_dense(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, no matrix of an expert is unpacked."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a matrix is unpacked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mpfx.nn.experts.unpack", refuse)
+        yield
+
+
 def packed_pair(module: Any, transposed: bool = False, **kinds: bool) -> tuple[PackedExperts, Any]:
     """The packed module, and a dense one with the same weights."""
     stacks = stacks_for(module, transposed, **kinds)
@@ -272,11 +298,11 @@ def packed_pair(module: Any, transposed: bool = False, **kinds: bool) -> tuple[P
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kinds", KINDS)
-def test_the_users_code_runs_bit_for_bit(kinds: dict[str, bool], transposed: bool, mode: Any) -> None:
+def test_the_users_code_runs(kinds: dict[str, bool], transposed: bool, mode: Any) -> None:
     packed, dense = packed_pair(Experts(transposed).eval(), transposed, **kinds)
     with mode():
         for _ in range(2):
-            assert torch.equal(packed(*inputs()), dense(*inputs()))
+            assert close(packed(*inputs()), dense(*inputs()))
 
 
 def test_gradients_reach_the_inputs_and_what_stayed_dense() -> None:
@@ -289,7 +315,7 @@ def test_gradients_reach_the_inputs_and_what_stayed_dense() -> None:
         assert module.up_bias.grad is not None
         assert module.norm.weight.grad is not None
         found.append((x.grad, module.up_bias.grad, module.norm.weight.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_what_is_stored_and_what_is_gone() -> None:
@@ -312,7 +338,7 @@ def test_what_is_stored_and_what_is_gone() -> None:
     assert not {(4, 40, 64), (4, 64, 40)} & set(shapes)
 
 
-def test_one_modules_dense_weights_at_a_time() -> None:
+def test_nothing_of_a_call_stays() -> None:
     packed, _ = packed_pair(Experts())
     inner = vars(packed)["_inner"]
     seen: list[bool] = []
@@ -324,6 +350,114 @@ def test_one_modules_dense_weights_at_a_time() -> None:
     with pytest.raises(IndexError):
         packed(torch.randn(2, 64), *inputs()[1:])
     assert not {"up", "down"} & set(vars(inner))
+
+
+def activations(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+GROUPED: Any = nn.functional.grouped_mm
+PRODUCTS: dict[str, Callable[[Any], Tensor]] = {  # of a stack (5, 24, 72)
+    "linear": lambda w: nn.functional.linear(activations(3, 72), w[2]),
+    "linear with a bias": lambda w: nn.functional.linear(activations(3, 72), w[2], activations(24)),
+    "many rows": lambda w: nn.functional.linear(activations(50, 72), w[-1]),
+    "no rows": lambda w: nn.functional.linear(activations(0, 72), w[2]),
+    "three dimensions": lambda w: nn.functional.linear(activations(2, 3, 72), w[0]),
+    "one row": lambda w: nn.functional.linear(activations(72), w[0]),
+    "a tensor as index": lambda w: activations(3, 72) @ w[torch.tensor(3)].t(),
+    "from the left": lambda w: w[1] @ activations(72, 3),
+    "from the left, a vector": lambda w: w[1] @ activations(72),
+    "batched": lambda w: torch.bmm(activations(5, 3, 72), w.mT),
+    "batched from the left": lambda w: torch.bmm(w, activations(5, 72, 3)),
+    "chosen": lambda w: torch.bmm(activations(4, 1, 72), w[torch.tensor([1, 4, 1, 0])].transpose(1, 2)),
+    "chosen from the left": lambda w: torch.bmm(w[torch.tensor([1, -1, 1, 0])], activations(4, 72, 1)),
+    "selected": lambda w: torch.bmm(activations(2, 2, 72), w.index_select(0, torch.tensor([3, 3])).permute(0, 2, 1)),
+    "grouped": lambda w: GROUPED(
+        activations(9, 72), w.transpose(-2, -1), offs=torch.tensor([2, 2, 5, 5, 9], dtype=torch.int32)
+    ),
+    "added": lambda w: torch.baddbmm(activations(5, 3, 24), activations(5, 3, 72), w.mT),
+}
+OTHERS: dict[str, Callable[[Any], Tensor]] = {
+    "another dimension": lambda w: activations(3, 24) @ w[2],
+    "some rows": lambda w: activations(3, 72) @ w[2, :8].t(),
+    "arithmetic": lambda w: w * 2 + w[0],
+    "a sum": lambda w: w.sum(0),
+    "scaled": lambda w: torch.addmm(activations(24), activations(3, 72), w[1].t(), beta=0.5, alpha=2.0),
+    "with itself": lambda w: w[0] @ w[1].t(),
+    "einsum": lambda w: torch.einsum("ti,eoi->teo", activations(3, 72), w),
+    "a table of experts": lambda w: w[torch.tensor([[0, 1], [2, 2]])],
+    "experts turned": lambda w: w.transpose(0, 1),
+    "as another type": lambda w: activations(3, 72).double() @ w[2].double().t(),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("what", [*PRODUCTS, *OTHERS])
+def test_what_code_does_with_weights(what: str, transposed: bool, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = packed_stack(5, 24, 72, transposed=transposed)
+    dense, operand = stack.stacked(), stack.operand()
+    assert (operand.shape, operand.dtype, operand.device) == (dense.shape, dense.dtype, dense.device)
+    run = (PRODUCTS | OTHERS)[what]
+    with mode():
+        expected = run(dense.mT if transposed else dense)
+        with nothing_dense(monkeypatch) if what in PRODUCTS else nullcontext():
+            found = run(operand.mT if transposed else operand)
+    assert type(found) is Tensor or what in ("a table of experts", "experts turned")
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if expected.numel():
+        assert error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda w: activations(3, 73) @ w[0].t(),
+        lambda w: activations(3, 72).double() @ w[0].t(),
+        lambda w: w[5],
+        lambda w: w[torch.tensor([0, 5])],
+        lambda w: torch.bmm(activations(4, 3, 72), w.mT),
+        lambda w: w.t(),
+    ],
+)
+def test_what_torch_refuses_is_refused(wrong: Callable[[Any], Tensor]) -> None:
+    stack = packed_stack(5, 24, 72)
+    with pytest.raises((RuntimeError, IndexError)) as expected:
+        wrong(stack.stacked())
+    with pytest.raises(type(expected.value)):
+        wrong(stack.operand())
+
+
+def test_only_experts_with_activations_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = packed_stack(5, 24, 72)
+    seen: list[int] = []
+    packed = stack.packed
+
+    def watched(expert: int) -> PackedWeight:
+        seen.append(expert)
+        return packed(expert)
+
+    monkeypatch.setattr(stack, "packed", watched)
+    w = stack.operand()
+    torch.bmm(activations(4, 1, 72), w[torch.tensor([1, 4, 1, 1])].mT)
+    assert seen == [1, 4]
+    GROUPED(activations(9, 72), w.mT, offs=torch.tensor([0, 5, 5, 9, 9], dtype=torch.int32))
+    assert seen == [1, 4, 1, 3]
+
+
+def test_what_is_known_of_a_weight_is_known_at_its_next_product() -> None:
+    stack = packed_stack(3, 24, 72, masked=True)
+    known = stack.packed(1)
+    assert stack.packed(1) is known
+    before = activations(3, 72) @ stack.operand()[1].t()
+    moved = copy.deepcopy(stack)
+    assert moved.packed(1) is not known
+    moved.double()
+    assert moved.packed(1) is moved.packed(1)
+    stack.load_state_dict({**stack.state_dict(), "scales": stack.get_buffer("scales") * 2}, assign=True)
+    assert stack.packed(1) is not known
+    assert close(activations(3, 72) @ stack.operand()[1].t(), 2 * before, 1e-4)
 
 
 def test_it_stays_the_users_module() -> None:
@@ -347,10 +481,10 @@ def test_it_stays_the_users_module() -> None:
     torch.save(packed, file := io.BytesIO())
     file.seek(0)
     for moved in (copy.deepcopy(packed), torch.load(file, weights_only=False)):
-        assert torch.equal(moved(*inputs()), dense(*inputs()))
+        assert close(moved(*inputs()), dense(*inputs()))
         moved.up_bias.data.zero_()
-        assert not torch.equal(moved(*inputs()), dense(*inputs()))
-    assert torch.equal(packed(*inputs()), dense(*inputs()))  # the copies shared nothing
+        assert not close(moved(*inputs()), dense(*inputs()))
+    assert close(packed(*inputs()), dense(*inputs()))  # the copies shared nothing
 
 
 def test_other_dtypes() -> None:
@@ -360,7 +494,7 @@ def test_other_dtypes() -> None:
     dense.to(torch.bfloat16)
     assert packed.packed_stacks["up"].get_buffer("scales").dtype == torch.float16
     arguments = (x.bfloat16(), index, weights.bfloat16())
-    assert torch.equal(packed(*arguments), dense(*arguments))
+    assert close(packed(*arguments), dense(*arguments), 2e-2)
 
 
 def test_loaded_parameters_reach_the_users_code() -> None:
@@ -369,7 +503,7 @@ def test_loaded_parameters_reach_the_users_code() -> None:
     packed.load_state_dict(state, assign=True)
     dense.up_bias.data.fill_(3.0)
     dense.scale.fill_(2.0)
-    assert torch.equal(packed(*inputs()), dense(*inputs()))
+    assert close(packed(*inputs()), dense(*inputs()))
 
 
 def test_a_packed_module_can_be_given_other_stacks() -> None:
@@ -378,7 +512,7 @@ def test_a_packed_module_can_be_given_other_stacks() -> None:
     with torch.no_grad():
         for name, stack in again.packed_stacks.items():
             dense.get_parameter(name).copy_(stack.stacked())
-    assert torch.equal(again(*inputs()), dense(*inputs()))
+    assert close(again(*inputs()), dense(*inputs()))
     with pytest.raises(ValueError, match=r"stacks for \['down', 'up'\], which are packed, but got \['up'\]"):
         PackedExperts(packed, {"up": again.packed_stacks["up"]})
 
@@ -411,7 +545,7 @@ def transformers_model(name: str) -> tuple[Any, str, bool]:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4"])
-def test_in_models_of_transformers(name: str, implementation: str) -> None:
+def test_in_models_of_transformers(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, path, transposed = transformers_model(name)
     packed = copy.deepcopy(dense)
     experts, reference = packed_pair(packed.get_submodule(path), transposed)
@@ -425,10 +559,23 @@ def test_in_models_of_transformers(name: str, implementation: str) -> None:
             model.set_experts_implementation(implementation)
             assert model.get_submodule(path).config._experts_implementation == implementation
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with torch.inference_mode():
-        assert torch.equal(packed(ids).logits, dense(ids).logits)
+    with torch.inference_mode(), nothing_dense(monkeypatch):
+        assert close(packed(ids).logits, dense(ids).logits, 1e-3)
         assert torch.equal(packed.generate(ids, **options), dense.generate(ids, **options))
     packed(ids).logits.sum().backward()
+
+
+def test_compilers_take_experts_as_one_graph() -> None:
+    dense, path, transposed = transformers_model("Mixtral")
+    packed = copy.deepcopy(dense)
+    experts, reference = packed_pair(packed.get_submodule(path), transposed)
+    packed.set_submodule(path, experts)
+    dense.set_submodule(path, reference)
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    packed.set_experts_implementation("batched_mm")
+    compiled: Any = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert close(compiled(ids, use_cache=False).logits, dense(ids).logits, 1e-5)
 
 
 @pytest.mark.gpu
@@ -441,6 +588,6 @@ def test_on_a_gpu(kinds: dict[str, bool], dtype: torch.dtype) -> None:
     dense.to("cuda", dtype)
     x, index, weights = (t.cuda() for t in inputs())
     arguments = (x.to(dtype), index, weights.to(dtype))
-    assert torch.equal(packed(*arguments), dense(*arguments))
+    assert close(packed(*arguments), dense(*arguments), 2e-2)
     for name, stack in packed.packed_stacks.items():
         assert torch.equal(stack.stacked().cpu(), on_cpu.packed_stacks[name].stacked())

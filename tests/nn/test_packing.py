@@ -18,7 +18,7 @@ from mpfx.nn import (
     unpack,
     validate,
 )
-from mpfx.nn.planes import pack_codes, unpack_codes
+from mpfx.nn.planes import last_word, pack_codes, pack_mask, unpack_codes, unpack_mask
 
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -265,3 +265,16 @@ def test_a_mask_that_does_not_fit_is_refused(change: Callable[[Tensor], Tensor])
     assert packed.mask is not None
     with pytest.raises(ValueError, match=r"Expected `(mask|codes)`"):
         validate(dataclasses.replace(packed, mask=change(packed.mask)))
+
+
+@pytest.mark.parametrize("channels", [1, 32, 75])
+def test_bits_of_a_mask_lie_where_the_format_says(channels: int) -> None:
+    kept = torch.rand(5, channels, generator=torch.Generator().manual_seed(channels)) < 0.5
+    words = pack_mask(kept)
+    assert words.shape == (-(-channels // 32), 5)
+    assert words.dtype == torch.int32
+    for row in range(5):
+        for channel in range(channels):
+            assert int(words[channel // 32, row]) >> (channel % 32) & 1 == int(kept[row, channel])
+    assert all(int(word) & 0xFFFFFFFF <= last_word(channels) for word in words[-1])
+    assert torch.equal(unpack_mask(words, channels), kept)

@@ -240,9 +240,9 @@ def _spread_rows(tile: Any, start: Any, stop: Any, codes: Any, word: Any) -> Non
     for r in range(start, stop):
         bits, fill = np.uint64(np.uint32(tile.kept[r])), np.uint64(tile.fills[r] & 0xFF)
         for pair in range(4):
-            low = (bits >> np.uint64(2 * pair)) & np.uint64(0x01010101)
-            high = (bits >> np.uint64(2 * pair + 1)) & np.uint64(0x01010101)
-            kept = low | (high << np.uint64(32))
+            each = (bits >> np.uint64(8 * pair) & np.uint64(0xFF)) * np.uint64(0x0101010101010101)  # bit k in byte k
+            kept = ((each & np.uint64(0x8040201008040201)) + np.uint64(0x7F7F7F7F7F7F7F7F)) >> np.uint64(7)
+            kept &= np.uint64(0x0101010101010101)
             eight = spread(codes, kept) | (kept ^ np.uint64(0x0101010101010101)) * fill
             tile.words[(word + 2 * pair) * STRIDE + r] = np.int32(eight)
             tile.words[(word + 2 * pair + 1) * STRIDE + r] = np.int32(eight >> np.uint64(32))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, Span, words
-from mpfx.nn.packing import PackedWeight
-from mpfx.nn.planes import unpack_codes
+from mpfx.nn.packing import PackedWeight, survivors
+from mpfx.nn.planes import unpack_codes, unpack_mask
 from mpfx.nn.scales import decoded
 
 
@@ -62,7 +62,7 @@ class _Codes:
             stop = self.word + words(span.channels, span.bits)
             rows, self.word = self.weight.codes[self.word : stop], stop
             return unpack_codes(rows.t(), span.bits, span.channels), None
-        kept = unpack_codes(mask[span.start // segment : -(-span.stop // segment)].t(), 1, span.channels).bool()
+        kept = unpack_mask(mask[span.start // segment : -(-span.stop // segment)], span.channels)
         codes = torch.zeros(kept.shape, dtype=torch.int32)
         for start in range(0, span.channels, segment):
             alive = kept[:, start : start + segment]
@@ -79,10 +79,10 @@ class _Codes:
 def _streams(weight: PackedWeight) -> Iterator[tuple[int, tuple[Tensor, int]]]:
     if weight.mask is None:
         return
-    start, layout = 0, weight.layout
+    start, layout, counts = 0, weight.layout, survivors(weight.mask, weight.layout)
     for bits in sorted(set(layout.widths) - {LEFT_OUT}):
         of_width = torch.tensor([width == bits for width in layout.widths])
-        count = sum(int(unpack_codes(word, 1, 32 * len(word)).sum()) for word in weight.mask[of_width])
+        count = int(counts[of_width].sum())
         stop = start + words(count, bits)
         yield bits, (weight.codes[start:stop], 0)
         start = stop

@@ -335,7 +335,7 @@ def _move_rows(builder: Any, codes: Any, kept: Any, fills: Any, out: Any, step: 
     expand = _declared(builder, "llvm.x86.avx512.mask.expand.v64i8", two_rows, two_rows, two_rows, bits)
     count = _declared(builder, "llvm.ctpop.i64", _LONG, _LONG)
     masks = cgutils.alloca_once(builder, _INTS)  # type: ignore[no-untyped-call]
-    builder.store(_channel_order(builder, _load(builder, kept, _INTS)), masks, align=4)
+    builder.store(_load(builder, kept, _INTS), masks, align=4)
     first, pairs = builder.ptrtoint(masks, _LONG), []
     for row in range(0, LANES, 2):
         mask = _load(builder, first, _LONG, 4 * row)
@@ -348,16 +348,6 @@ def _move_rows(builder: Any, codes: Any, kept: Any, fills: Any, out: Any, step: 
     for word, lanes in enumerate(_transposed(builder, pairs)):
         _store(builder, lanes, builder.add(out, builder.mul(step, _long(word))))
     return codes
-
-
-def _channel_order(builder: Any, word: Any) -> Any:
-    """Bits ``8 * (k % 4) + k // 4`` of words moved to k: places of the index's own bits are swapped, two at a time."""
-    for low, high in ((0, 3), (1, 4), (2, 3), (3, 4)):
-        by = (1 << high) - (1 << low)
-        chosen = sum(1 << k for k in range(32) if k >> low & 1 and not k >> high & 1)
-        differing = builder.and_(builder.xor(word, builder.lshr(word, _splat(by))), _splat(chosen))
-        word = builder.xor(word, builder.xor(differing, builder.shl(differing, _splat(by))))
-    return word
 
 
 def _transposed(builder: Any, pairs: Sequence[Any]) -> list[Any]:

@@ -4,7 +4,7 @@
 // up to 64 channels with one scale a row. Every warp starts to copy the words of its first units to shared memory; while
 // they are on their way the block puts the activations into the order of the channels; then every warp multiplies unit
 // after unit. Codes are unpacked to bytes, the left operand as `mma` wants it: lane (g, t) of a warp, g = lane / 4, t =
-// lane % 4, holds rows 4g .. 4g+3, channels 8t .. 8t+7 of a segment. Activations become integers relative to the largest
+// lane % 4, holds four rows, channels 8t .. 8t+7 of a segment. Activations become integers relative to the largest
 // one of their vector, of three bytes (four, if they are float32): the right operand, a column each. So products are
 // exact, and the zero point is taken off once a unit, by way of the sum of its activations.
 //
@@ -40,9 +40,14 @@ constexpr int TILES = (COLUMNS + 7) / 8;
 constexpr int SEGMENT_BYTES = COLUMNS * 32;  // of activations
 constexpr int TAIL = 64;  // bytes behind the codes of a stage: 8 words of zero points, 4 of scales
 #if MASKED
-constexpr int ROOM_BYTES = 256 + 128 + 2 * SURVIVOR_BYTES;
+constexpr int MASK_BYTES = 128;  // of a segment, before its survivors' words
+constexpr int ROOM_BYTES = 256 + 2 * SURVIVOR_BYTES;
+constexpr int TABLE_BYTES = 32 << 10;  // `selectors` of any eight bits, once for each lane: so no two want the same bank
+constexpr int STEP = 8, ROWS = 1;  // rows g, g + 8, g + 16, g + 24: lanes read what lies close together
 #else
 constexpr int ROOM_BYTES = 256;
+constexpr int TABLE_BYTES = 0;
+constexpr int STEP = 1, ROWS = 4;  // rows 4g .. 4g+3: what a lane reads is one piece
 #endif
 
 // ---------------------------------------------------------------------------------------------------- small parts
@@ -85,7 +90,9 @@ __device__ __forceinline__ Unit unit(const int4& v) {
 struct Lane {
     int lane, g, t, tile;
     Field field;           // of row `lane`
-    const char* codes;                   // what it copies of the first word rows: 16 bytes of one, or if not ALIGNED, 4
+    const char* codes;                   // what it copies of the first word rows: 16 bytes of one, or if not ALIGNED, 4;
+                                         // MASKED: of the masks of segments
+    const uint4* pieces;                 // MASKED only: its piece of the codes, counted from where 16 bytes are aligned
     u32 row_bytes;                       // from one word row to the next one
     int codes_to;                        // where to, in a stage
     int from_row;                        // 0 .. 3, or more than any unit has, if the weight has no such rows
@@ -98,6 +105,9 @@ template <typename T>
 __device__ __forceinline__ void keep(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void keep(int& i) { asm volatile("" : "+r"(i)); }
 
+// Of a stage, what a segment has under a mask: the mask's words, then those of its survivors.
+__device__ __forceinline__ int part_bytes(const Site& a) { return (a.stage_bytes - TAIL) / SEGMENTS; }
+
 __device__ __forceinline__ Lane lane_of(const Site& a) {
     Lane l;
     const int r = threadIdx.x % 32;
@@ -105,14 +115,24 @@ __device__ __forceinline__ Lane lane_of(const Site& a) {
     l.field = field_of(r);
     const int row = ALIGNED ? r / 8 : 0, piece = ALIGNED ? r % 8 : r / 4, column = l.tile * 32 + (ALIGNED ? 4 * piece : r);
     l.from_row = column < a.w.rows ? row : 1 << 20;
-    l.codes = (const char*)(a.w.codes + (size_t)row * a.w.rows + column);
+    l.codes = (const char*)((MASKED ? a.w.mask : a.w.codes) + (size_t)row * a.w.rows + column);
     l.row_bytes = 4 * a.w.rows;
-    l.codes_to = row * 128 + ((piece ^ row * 2) << 4) + (ALIGNED ? 0 : r % 4 * 4);
+    l.codes_to = MASKED ? row * part_bytes(a) + column % 32 * 4 : row * 128 + ((piece ^ row * 2) << 4) + (ALIGNED ? 0 : r % 4 * 4);
     l.tail = r < 8 ? a.w.zeros + r : a.w.scale_codes + (l.tile * 4 + r - 8);
     l.zero_tile = r < 8 ? l.tile : 0;
+    l.pieces = (const uint4*)((size_t)a.w.codes & ~(size_t)15) + r;
+    if (MASKED) keep(l.pieces);
     keep(l.codes), keep(l.codes_to), keep(l.from_row), keep(l.tail), keep(l.zero_tile);
     return l;
 }
+
+// What is known of a unit when it is fetched.
+struct Planned {
+    int4 unit;
+#if MASKED
+    int4 stretches;  // where the survivors of its segments are, as `stretch_of` writes it
+#endif
+};
 
 // Shared memory: what a block has, and what a warp has.
 struct Room {
@@ -120,13 +140,16 @@ struct Room {
     char* x;          // of every segment, COLUMNS columns of 32 bytes; one more segment of zeros
     float* sums;      // of every segment's columns
     u32* largest;     // of every vector, as bits of a float32
-    int4* units;
+    Planned* units;
     char* ring;       // STAGES stages: words of a unit, 128 bytes a word row, and TAIL
     u32 ring_at;
     float2* steps;    // 32 rows: scale, and scale times zero point
-    u32* absent;      // 32 rows, MASKED only: the zero point as four bytes
     char* survivors;  // MASKED only: bytes, twice SURVIVOR_BYTES
+    u32 table;        // MASKED only: address of the selectors for this lane
 };
+
+// The j-th row of a lane.
+__device__ __forceinline__ int row_of(int g, int j) { return g * ROWS + j * STEP; }
 
 // ---------------------------------------------------------------------------------------------------- activations
 
@@ -288,12 +311,11 @@ __device__ __forceinline__ void step(const u32* tail, u16 base, float row_scale,
     const u32 zero = zero_from<BITS>([&](int i) { return tail[i]; }, l.lane, l.field);
     const float scale = scale_from<BITS>(base, tail[8 + l.lane / 8], l.field) * row_scale;
     room.steps[l.lane] = make_float2(scale, scale * (float)zero);
-    if (MASKED) room.absent[l.lane] = zero * 0x01010101u;
 }
 
 // ---------------------------------------------------------------------------------------------------- products
 
-typedef float Results[2][TILES][4];  // of rows 4g + 2m and 4g + 2m + 1, columns 2t and 2t + 1 of every tile
+typedef float Results[2][TILES][4];  // of a lane's rows 2m and 2m + 1, columns 2t and 2t + 1 of every tile
 typedef int Sums[2][TILES][4];
 
 // Add the codes of four rows times the activations of one segment.
@@ -335,49 +357,131 @@ __device__ __forceinline__ void add_raw(const Codes& lows, const Codes& highs, c
     }
 }
 
-// Add what was found for a unit, `sums` being those of the activations of one of its segments, `more` of the other.
-__device__ __forceinline__ void add_unit(const float* sums, const float* more, const Room& room, const Lane& l,
-                                         const Sums& d, Results& result) {
-    float ones[TILES][2];
+// Sums of the activations of a unit's segments.
+struct Ones {
+    float of[TILES][2];
+    __device__ float operator()(int, int n, int i) const { return of[n][i % 2]; }
+};
+
+__device__ __forceinline__ Ones ones_of(const float* sums, const float* more, const Lane& l) {
+    Ones ones;
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int column = min(n * 8 + 2 * l.t + i, COLUMNS - 1);
-            ones[n][i] = sums[column] + (SEGMENTS == 2 ? more[column] : 0.0f);
+            ones.of[n][i] = sums[column] + (SEGMENTS == 2 ? more[column] : 0.0f);
         }
+    return ones;
+}
+
+__device__ __forceinline__ float whole_sum(int sum) { return __int_as_float(sum) - __int_as_float(MAGIC); }
+
+__device__ __forceinline__ void clear(Sums& d) {
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
-        const float4 two = ((const float4*)room.steps)[2 * l.g + m];  // of two rows
-        const float2 steps[2] = {{two.x, two.y}, {two.z, two.w}};
+    for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int n = 0; n < TILES; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float sum = __int_as_float(d[m][n][i]) - __int_as_float(MAGIC);
-                result[m][n][i] = fmaf(steps[i / 2].x, sum, fmaf(-steps[i / 2].y, ones[n][i % 2], result[m][n][i]));
-            }
+            for (int i = 0; i < 4; i++) d[m][n][i] = MAGIC;
+}
+
+// Add what was found for a unit; `ones` are the sums of those activations that a code of the row counts.
+template <typename Ones>
+__device__ __forceinline__ void add_unit(const Ones& ones, const Room& room, const Lane& l, const Sums& d, Results& result) {
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        const float2 steps[2] = {room.steps[row_of(l.g, 2 * m)], room.steps[row_of(l.g, 2 * m + 1)]};
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                result[m][n][i] = fmaf(steps[i / 2].x, whole_sum(d[m][n][i]), fmaf(-steps[i / 2].y, ones(m, n, i), result[m][n][i]));
     }
 }
 
 // ---------------------------------------------------------------------------------------------------- units
 
 #if MASKED
-// Bring the survivors of a unit to the L2 cache: up to 32 rows times 128 bytes.
-__device__ __forceinline__ void bring_survivors(const Site& a, const Unit& u, const Lane& l) {
+// Where the survivors of a segment are, as they lie in memory, in whole pieces of 16 bytes.
+struct Stretch {
+    u32 first;  // piece, from the one on in which the codes start
+    u32 packed;
+
+    __device__ int pieces() const { return packed & 255; }
+    __device__ int blocks() const { return packed >> 8 & 63; }   // of 32 survivors
+    __device__ int skip() const { return packed >> 14 & 12; }    // bytes of the first piece, before the first block
+    __device__ int start() const { return packed >> 18 & 31; }   // survivors of the first block that come before
+};
+
+__device__ __forceinline__ Stretch stretch_of(const Site& a, const Unit& u, int tile, int segment) {
+    const uint2 range = survivors_of(a.w, tile, segment);
+    const int blocks = blocks_of(range), offset = (size_t)a.w.codes & 15;
+    const size_t first = offset + 4 * (u.word + (size_t)(range.x / 32) * u.bits), skip = first & 15;
+    const u32 pieces = blocks ? (skip + blocks * u.bits * 4 + 15) / 16 : 0;
+    return Stretch{(u32)(first / 16), pieces | blocks << 8 | (u32)skip << 14 | range.x % 32 << 18};
+}
+
+__device__ __forceinline__ int4 stretches_of(const Site& a, const Unit& u, int tile) {
+    Stretch one = {}, other = {};
+    if (u.bits) one = stretch_of(a, u, tile, u.segment);
+    if (u.segments > 1) other = stretch_of(a, u, tile, u.segment + 1);
+    return make_int4(one.first, one.packed, other.first, other.packed);
+}
+
+__device__ __forceinline__ Stretch stretch(const int4& unit, int s) { return s ? Stretch{(u32)unit.z, (u32)unit.w} : Stretch{(u32)unit.x, (u32)unit.y}; }
+
+// Start to copy the masks and survivors of a unit: a part of the stage for each segment.
+__device__ __forceinline__ void fetch_words(const Site& a, const Unit& u, const int4& stretches, const Lane& l, u32 stage) {
+    const char* mask = l.codes + (u32)u.segment * l.row_bytes;
+    if (ALIGNED) {
+        if (l.from_row < u.segments) copy16(stage + l.codes_to, mask);
+    } else
+        for (int s = l.from_row; s < u.segments; s++) copy4(stage + s * part_bytes(a) + l.codes_to, mask + s * l.row_bytes);
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+        const Stretch found = stretch(stretches, s);
+        const uint4* from = l.pieces + found.first;
+        const u32 to = stage + s * part_bytes(a) + MASK_BYTES + l.lane * 16;
+        const int pieces = found.pieces();
+        if (l.lane < pieces) copy16(to, from);
+        if (pieces > 32)
 #pragma unroll 1
-    for (int s = 0; s < u.segments; s++) {
-        const uint2 range = survivors_of(a.w, l.tile, u.segment + s);
-        const int words = blocks_of(range) * u.bits, at = 32 * l.lane;
-        if (at < words) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.w.codes + u.word + (size_t)(range.x / 32) * u.bits + at));
+            for (int i = 32; i < pieces - l.lane; i += 32) copy16(to + i * 16, from + i);
     }
+}
+
+// The survivors of a unit as bytes; and what a lane's own row has: its masks, and where its survivors start.
+template <int BITS>
+__device__ __forceinline__ void spread_unit(const Site& a, const Unit& u, const int4& stretches, const char* stage,
+                                            const Lane& l, const Room& room, u32 (&mask)[SEGMENTS], u32 (&start)[SEGMENTS]) {
+    const bool is_row = l.tile * 32 + l.lane < a.w.rows;
+    u32 own = 0;
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+        const char* part = stage + s * part_bytes(a);
+        mask[s] = is_row && s < u.segments ? mask_from(((const u32*)part)[l.lane], u.segment + s) : 0;
+        own |= __popc(mask[s]) << (16 * s);
+        const Stretch found = stretch(stretches, s);
+        if (BITS < 16 || s == 0)
+            spread<BITS>((const u32*)(part + MASK_BYTES + found.skip()), found.blocks(), l.lane, room.survivors + s * SURVIVOR_BYTES);
+    }
+    const u32 sum = before(own, l.lane);
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) start[s] = (sum >> (16 * s) & 0xFFFF) + stretch(stretches, s).start() + address(room.survivors) + s * SURVIVOR_BYTES;
+    __syncwarp();
+}
+
+// Selectors of any eight bits, for every lane.
+__device__ __forceinline__ void fill_table(char* table) {
+    for (int i = threadIdx.x; i < 256 * 32; i += THREADS) ((u32*)table)[i] = selectors(i / 32);
 }
 #endif
 
 // Start to copy what a unit needs of the weight.
-__device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Lane& l, u32 stage) {
+__device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Planned& planned, const Lane& l, u32 stage) {
 #if MASKED
-    bring_survivors(a, u, l);
+    fetch_words(a, u, planned.stretches, l, stage);
 #else
     const int words = u.bits * u.segments - l.from_row;
     const char* from = l.codes + u.word * l.row_bytes;
@@ -396,42 +500,42 @@ __device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Lane& 
 }
 
 template <int BITS>
-__device__ __forceinline__ void process(const Site& a, const Unit& u, const char* stage, u16 base, float row_scale, const Lane& l,
-                                        const Room& room, const u32* pick, Results& result) {
+__device__ __forceinline__ void process(const Site& a, const Unit& u, const Planned& planned, const char* stage, u16 base,
+                                        float row_scale, const Lane& l, const Room& room, Results& result) {
     step<BITS>((const u32*)(stage + a.stage_bytes - TAIL), base, row_scale, l, room);
-    Sums d;
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int n = 0; n < TILES; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) d[m][n][i] = MAGIC;
     const int second = u.segments == 1 ? SEGMENTS_IN_ALL : u.segment + 1;
+    auto x = [&](int s) { return room.x + (s ? second : u.segment) * SEGMENT_BYTES; };
+    Sums d;
+    clear(d);
+#if MASKED
+    u32 mask[SEGMENTS];
+    u32 start[SEGMENTS];
+    spread_unit<BITS>(a, u, planned.stretches, stage, l, room, mask, start);
+    auto selectors_of = [&](u32 eight) { return shared_word(room.table + eight * 128); };
+    Sums ones;
+    clear(ones);
 #pragma unroll
     for (int s = 0; s < (BITS == 16 ? 1 : SEGMENTS); s++) {
-        Codes c[2];
-#if MASKED
-        const int segment = u.segment + min(s, u.segments - 1);
-        const u32 mask = mask_of(a.w, segment, l.tile * 32 + l.lane);
-        const uint2 range = survivors_of(a.w, l.tile, segment);
-        __syncwarp();
-        spread<BITS>(a.w.codes + u.word + (size_t)(range.x / 32) * BITS, blocks_of(range), l.lane, room.survivors);
-        __syncwarp();
-        masked_codes<BITS>(room.survivors, mask, range.x, l.lane, room.absent, pick, c);
-#else
-        auto four = [&](int row) { return staged(stage, s * BITS + row, l.g); };
-        if constexpr (BITS == 16) {
-            c[0] = codes_from<8>(four, l.t);
-            c[1] = codes_from<8>([&](int row) { return four(8 + row); }, l.t);
-        } else c[0] = codes_from<BITS>(four, l.t);
-#endif
-        const char* x = room.x + (s ? second : u.segment) * SEGMENT_BYTES;
-        if constexpr (BITS == 16) add_raw(c[0], c[1], x, l, result);
-        else multiply_codes(d, c[0], x, l);
+        Codes c[2], kept;
+        masked_codes<BITS, STEP>(mask[s], start[s], l.g, l.t, selectors_of, c, kept);
+        if constexpr (BITS == 16) add_raw(c[0], c[1], x(0), l, result);
+        else {
+            multiply_codes(d, c[0], x(s), l);
+            multiply_codes(ones, kept, x(s), l);
+        }
     }
+    const auto counted = [&](int m, int n, int i) { return whole_sum(ones[m][n][i]); };
+#else
+    auto codes = [&](int first) { return codes_from<BITS == 16 ? 8 : BITS>([&](int row) { return staged(stage, first + row, l.g); }, l.t); };
+    if constexpr (BITS == 16) add_raw(codes(0), codes(8), x(0), l, result);
+    else
+#pragma unroll
+        for (int s = 0; s < SEGMENTS; s++) multiply_codes(d, codes(s * BITS), x(s), l);
+    const Ones counted = ones_of(room.sums + u.segment * COLUMNS, room.sums + second * COLUMNS, l);
+#endif
     if constexpr (BITS == 16) return;
     __syncwarp();
-    add_unit(room.sums + u.segment * COLUMNS, room.sums + second * COLUMNS, room, l, d, result);
+    add_unit(counted, room, l, d, result);
     __syncwarp();
 }
 
@@ -465,7 +569,7 @@ __device__ __forceinline__ void finish(const Site& a, const Lane& l, int warp, c
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int column = n * 8 + 2 * l.t + i % 2;
-                if (column < COLUMNS) found(warp, column * 32 + 4 * l.g + 2 * m + i / 2) = result[m][n][i];
+                if (column < COLUMNS) found(warp, column * 32 + row_of(l.g, 2 * m + i / 2)) = result[m][n][i];
             }
     group_barrier();
     for (int i = warp * 32 + l.lane; i < COLUMNS * 32; i += WARPS * 32) {
@@ -498,7 +602,7 @@ __device__ __forceinline__ void finish(const Site& a, const Lane& l, int warp, c
 
 #define WIDTH(BITS) \
     case BITS: \
-        process<BITS>(a, u, stage, base, row_scale, l, room, pick, result); \
+        process<BITS>(a, u, planned, stage, base, row_scale, l, room, result); \
         break;
 
 constexpr int bytes_of(int n) { return n + 127 & ~127; }
@@ -518,24 +622,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const Lane l = lane_of(a);
     const int ring_bytes = STAGES * a.stage_bytes;
     Room room;
-    room.largest = (u32*)shared;
-    room.given = shared + bytes_of(COUNT * 4);
+    room.largest = (u32*)(shared + TABLE_BYTES);
+    room.given = (char*)room.largest + bytes_of(COUNT * 4);
     room.x = room.given + bytes_of(AT_ONCE * IN * sizeof(Number));
     room.sums = (float*)(room.x + (SEGMENTS_IN_ALL + 1) * SEGMENT_BYTES);
-    const int stride = max(ring_bytes + ROOM_BYTES + a.most_units * 16, COLUMNS * 128);
+    const int stride = max(ring_bytes + ROOM_BYTES + a.most_units * (int)sizeof(Planned), COLUMNS * 128);
     char* rooms = (char*)room.sums + bytes_of((SEGMENTS_IN_ALL + 1) * COLUMNS * 4) + threadIdx.x / (WARPS * 32) * WARPS * stride;
-    room.ring = rooms + warp * stride;
+    int own = rooms - shared + warp * stride;  // a number: a pointer that is kept forgets that this is shared memory
+    keep(own);
+    room.steps = (float2*)(shared + own);
+    room.survivors = (char*)(room.steps + 32);
+    room.table = address(shared) + l.lane * 4;
+    room.ring = shared + own + ROOM_BYTES;
     room.ring_at = address(room.ring);
-    room.steps = (float2*)(room.ring + ring_bytes);
-    room.absent = (u32*)(room.steps + 32);
-    room.survivors = (char*)(room.absent + 32);
-    room.units = (int4*)(room.ring + ring_bytes + ROOM_BYTES);
-    const u32* pick = nullptr;
-#if MASKED
-    __shared__ u32 picks[16];
-    if (threadIdx.x < 16) picks[threadIdx.x] = PICK[threadIdx.x];
-    pick = picks;
-#endif
+    room.units = (Planned*)(room.ring + ring_bytes);
     let_next_start();
     // What is short and waited for is loaded before the memory is busy with words.
     const int4* units = a.units + (cluster_rank() * WARPS + warp) * a.most_units;
@@ -547,6 +647,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const int row = l.tile * 32 + l.lane;
     const float row_scale = CODED && row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) : 1.0f;
     add_zeros(room);
+#if MASKED
+    fill_table(shared);
+#endif
     Given given;
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++)
@@ -554,14 +657,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             wait_for_last();
             load_activations(args, 0, given);
         } else {
-            if (l.lane < a.most_units) room.units[l.lane] = first_unit;
-            for (int i = l.lane + 32; i < a.most_units; i += 32) room.units[i] = __ldg(units + i);
+            for (int i = l.lane; i < a.most_units; i += 32) {
+                const int4 u = i < 32 ? first_unit : __ldg(units + i);
+                room.units[i].unit = u;
+#if MASKED
+                if (most) room.units[i].stretches = stretches_of(a, unit(u), l.tile);
+#endif
+            }
             __syncwarp();
 #pragma unroll 1
             for (int i = 0; i < STAGES; i++) {
                 if (i < most) {
-                    const Unit u = unit(room.units[i]);
-                    if (u.bits) fetch(a, u, l, room.ring_at + i * a.stage_bytes);
+                    const Unit u = unit(room.units[i].unit);
+                    if (u.bits) fetch(a, u, room.units[i], l, room.ring_at + i * a.stage_bytes);
                 }
                 commit();
             }
@@ -588,7 +696,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     int at = 0;  // of the ring
 #pragma unroll 1
     for (int i = 0; i < most; i++) {
-        const Unit u = unit(room.units[i]);
+        const Planned planned = room.units[i];
+        const Unit u = unit(planned.unit);
         if (!u.bits) break;
         const u16 base = u.bits == 16 ? 0 : scale_base(a.w, u.grid, l.tile * 32 + l.lane);
         const char* stage = room.ring + at;
@@ -598,8 +707,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             CODE_WIDTHS(WIDTH)
         }
         if (i + STAGES < most) {
-            const Unit later = unit(room.units[i + STAGES]);
-            if (later.bits) fetch(a, later, l, room.ring_at + at);
+            const Planned later = room.units[i + STAGES];
+            const Unit u = unit(later.unit);
+            if (u.bits) fetch(a, u, later, l, room.ring_at + at);
         }
         commit();
         at = at == (STAGES - 1) * a.stage_bytes ? 0 : at + a.stage_bytes;

@@ -28,7 +28,9 @@ from mpfx.nn.packing import PackedWeight
 from mpfx.nn.scales import CodedScales
 
 _TAIL = 64  # as in decode.cu
-_MASKED_ROOM = 128 + 2 * (33 * 32 + 8)
+_MASK_BYTES = 128
+_MASKED_ROOM = 2 * (33 * 32 + 8)
+_TABLE_BYTES = 32 << 10
 _WARPS = 24  # that a multiprocessor has the registers for
 
 
@@ -204,9 +206,10 @@ def _room(
     limit = int(properties.shared_memory_per_block_optin) - 1024  # what the kernel declares itself
     columns, segments = count * (4 if dtype == torch.float32 else 3), len(layout.widths) + 1
     _, most = unit_table(layout, ROWS, cut.cluster * cut.warps, True, True, None, torch.device("cpu"))
-    ring = min(cut.stages, most) * _stage_bytes(layout, mask) + 16 * most
+    ring = min(cut.stages, most) * _stage_bytes(layout, mask) + (32 if mask else 16) * most
     own = max(ring + 256 + _MASKED_ROOM * mask, 128 * columns)  # of a warp
-    shared = 128 + segments * columns * SEGMENT + _even(4 * segments * columns) + cut.groups * cut.warps * own
+    shared = _TABLE_BYTES * mask + 128 + segments * columns * SEGMENT + _even(4 * segments * columns)
+    shared += cut.groups * cut.warps * own
     for at_once in range(count, 0, -1):
         whole = shared + _even(at_once * layout.in_features * dtype.itemsize)
         if whole <= limit:
@@ -226,9 +229,10 @@ def _even(count: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _stage_bytes(layout: Layout, mask: bool) -> int:
-    if mask:
-        return _TAIL
-    return max(128 * bits * (1 if bits == RAW_BITS else _UNIT_SEGMENTS) for bits in layout.widths) + _TAIL
+    most = max(128 * bits * (1 if bits == RAW_BITS else _UNIT_SEGMENTS) for bits in layout.widths)
+    if mask:  # of each segment whole blocks of survivors, which may start and end anywhere in 16 bytes
+        return _UNIT_SEGMENTS * (_MASK_BYTES + 33 * 4 * max(layout.widths) + 32 & ~15) + _TAIL
+    return most + _TAIL
 
 
 @lru_cache(maxsize=4096)

@@ -52,12 +52,19 @@ struct Room {
 
 template <int BITS>
 __device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int segment, int tile, int lane,
-                                           const Room& room, const u32* pick, Codes (&c)[2]) {
+                                           const Room& room, Codes (&c)[2]) {
 #if MASKED
     const uint2 range = survivors_of(a.w, tile, segment);
+    const int row = tile * 32 + lane;
+    const u32 mask = row < a.w.rows ? mask_from(__ldg(a.w.mask + (size_t)segment * a.w.rows + row), segment) : 0;
     spread<BITS>(a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS, blocks_of(range), lane, room.survivors);
     __syncwarp();
-    masked_codes<BITS>(room.survivors, mask_of(a.w, segment, tile * 32 + lane), range.x, lane, room.absent, pick, c);
+    const u32 start = address(room.survivors) + range.x % 32 + before(__popc(mask), lane);
+    Codes kept;
+    masked_codes<BITS, 1>(mask, start, lane / 4 * 4, lane % 4, selectors, c, kept);
+    if (BITS < 16)  // what is pruned gets the zero point, which counts nothing
+#pragma unroll
+        for (int k = 0; k < 8; k++) c[0].chunk[k / 4][k % 4] |= (kept.chunk[k / 4][k % 4] * 255 ^ ~0u) & room.absent[lane / 4 * 4 + k % 4];
 #else
     const int column = tile * 32 + lane / 4 * 4, left = a.w.rows - column;
     auto four = [&](int row) {
@@ -86,11 +93,11 @@ __device__ __forceinline__ void load_steps(const Args& a, const int4& unit, int 
 
 template <int BITS>
 __device__ __forceinline__ void expand_segment(const Args& a, const int4& unit, int segment, int tile, int lane,
-                                               const Room& room, const u32* pick) {
+                                               const Room& room) {
     if constexpr (BITS > 0 && BITS < 16) load_steps<BITS>(a, unit, tile, lane, room);
     __syncwarp();
     Codes c[2] = {};
-    if constexpr (BITS > 0) load_codes<BITS>(a, unit, segment, tile, lane, room, pick, c);
+    if constexpr (BITS > 0) load_codes<BITS>(a, unit, segment, tile, lane, room, c);
     float2 steps[4];
     int place[8];
 #pragma unroll
@@ -115,7 +122,7 @@ __device__ __forceinline__ void expand_segment(const Args& a, const int4& unit, 
 
 #define WIDTH(BITS) \
     case BITS: \
-        expand_segment<BITS>(a, unit, segment, tile, lane, room, pick); \
+        expand_segment<BITS>(a, unit, segment, tile, lane, room); \
         break;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(const __grid_constant__ Args a) {
@@ -123,14 +130,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(const __grid_con
     const int segment = blockIdx.y, tile = a.first_row / 32 + blockIdx.x * WARPS + warp;
     __shared__ __align__(16) float2 steps[WARPS][32];
     Room room = {steps[warp], nullptr, nullptr};
-    const u32* pick = nullptr;
 #if MASKED
     __shared__ __align__(16) u32 absent[WARPS][32];
     __shared__ __align__(16) char survivors[WARPS][2 * SURVIVOR_BYTES];
-    __shared__ u32 picks[16];
-    room.absent = absent[warp], room.survivors = survivors[warp], pick = picks;
-    if (threadIdx.x < 16) picks[threadIdx.x] = PICK[threadIdx.x];
-    __syncthreads();
+    room.absent = absent[warp], room.survivors = survivors[warp];
 #endif
     if (tile * 32 >= min(a.w.rows, a.first_row + a.out_rows)) return;
     const int4 unit = __ldg(a.units + segment);

@@ -181,15 +181,18 @@ __device__ __forceinline__ void cluster_barrier() {
 // Most survivors of 32 rows of a segment, in whole blocks, and what a read may run over.
 constexpr int SURVIVOR_BYTES = 33 * 32 + 8;
 
-// Four codes of a block of packed words, a byte each: codes 4q .. 4q+3.
+// Eight codes of a block of packed words, a byte each: codes 8k .. 8k+7.
 template <int BITS>
-__device__ __forceinline__ u32 chunk_of(const u32* words, int q) {
-    if constexpr (BITS == 8) return __ldg(words + q);
-    u32 c = 0;
-    if constexpr (BITS & 4) c |= __ldg(words + q / 2) >> (4 * (q % 2)) & 0x0F0F0F0F;
-    if constexpr (BITS & 2) c |= (__ldg(words + (BITS & 4) + q / 4) >> (2 * (q % 4)) & 0x03030303) << (BITS & 4);
-    if constexpr (BITS & 1) c |= (__ldg(words + (BITS & 6)) >> q & 0x01010101) << (BITS & 6);
-    return c;
+__device__ __forceinline__ uint2 eight_of(const u32* words, int k) {
+    if constexpr (BITS == 8) return make_uint2(words[2 * k], words[2 * k + 1]);
+    u32 c[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if constexpr (BITS & 4) c[i] |= words[k] >> (4 * i) & 0x0F0F0F0F;
+        if constexpr (BITS & 2) c[i] |= (words[(BITS & 4) + k / 2] >> (4 * (k % 2) + 2 * i) & 0x03030303) << (BITS & 4);
+        if constexpr (BITS & 1) c[i] |= (words[BITS & 6] >> (2 * k + i) & 0x01010101) << (BITS & 6);
+    }
+    return make_uint2(c[0], c[1]);
 }
 
 // Survivors of these rows of a segment: the codes x .. y - 1 of their stream.
@@ -202,66 +205,105 @@ __device__ __forceinline__ int blocks_of(uint2 range) {
     return range.y > range.x ? (range.y + 31) / 32 - range.x / 32 : 0;
 }
 
-// Survivors as bytes in shared memory, one after the other.
+// Survivors as bytes in shared memory, one after the other, and eight zeros; of float16 values the low bytes, and behind
+// them the high ones.
 template <int BITS>
 __device__ __forceinline__ void spread(const u32* words, int blocks, int lane, char* survivors) {
-#pragma unroll 4
-    for (int i = lane; i < blocks * 8; i += 32) {
-        const u32* block = words + i / 8 * BITS;
-        if constexpr (BITS == 16) {
-            ((u32*)survivors)[i] = __ldg(block + i % 8);
-            ((u32*)(survivors + SURVIVOR_BYTES))[i] = __ldg(block + 8 + i % 8);
-        } else ((u32*)survivors)[i] = chunk_of<BITS>(block, i % 8);
+    const u32* mine = words + lane / 4 * BITS;
+    auto move = [&](int i) {  // eight codes
+        const u32* block = mine + i / 4 * BITS;
+        ((uint2*)survivors)[lane + i] = eight_of<BITS == 16 ? 8 : BITS>(block, lane % 4);
+        if constexpr (BITS == 16) ((uint2*)(survivors + SURVIVOR_BYTES))[lane + i] = eight_of<8>(block + 8, lane % 4);
+    };
+    const int left = blocks * 4 - lane;
+    if (lane == 0) ((uint2*)survivors)[left] = make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < 96; i += 32)
+        if (i < left) move(i);
+#pragma unroll 1
+    for (int i = 96; i < left; i += 32) move(i);
+}
+
+// The mask of a row of a segment, as far as it stands for channels.
+__device__ __forceinline__ u32 mask_from(u32 word, int segment) { return segment == SEGMENTS_IN_ALL - 1 ? word & LAST : word; }
+
+// Where `prmt` finds the bytes of eight channels, given as bits, four in each half of the result. A channel that is kept
+// finds the next byte of the two operands; one that is not finds a sign, and becomes 0 if that byte is less than 128. The
+// product is linear in the bits, spread to nibbles: one that is set moves all behind it on by one.
+__device__ __forceinline__ u32 selectors(u32 eight) {
+    u32 bits = (eight | eight << 12) & 0x000F000F;
+    bits = (bits | bits << 6) & 0x03030303;
+    bits = (bits | bits << 3) & 0x11111111;
+    return bits * 0x11111108u + 0x88888888u;
+}
+
+// Eight channels of a row, a byte each: codes, 0 where there is none, and whether there is one, 1 or 0.
+struct Eight {
+    u32 codes[2], kept[2];
+};
+
+// `__byte_perm`, which knows no signs, masks its selector.
+__device__ __forceinline__ u32 picked(u32 low, u32 high, u32 select) {
+    u32 v;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(select));
+    return v;
+}
+
+// What lies in shared memory at an address.
+__device__ __forceinline__ u32 shared_word(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+
+// `at`: an address in shared memory, of the first survivor.
+template <bool LARGE>  // whether codes can be 128 and more
+__device__ __forceinline__ Eight placed(u32 at, u32 select, u32 ones) {
+    const u32 word = at & ~3, turn = 8 * at;
+    const u32 first = shared_word(word), middle = shared_word(word + 4), last = shared_word(word + 8);
+    const u32 low = __funnelshift_r(first, middle, turn), high = __funnelshift_r(middle, last, turn);
+    Eight v;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 half = i ? select >> 16 : select;
+        v.kept[i] = picked(ones, ones, half);
+        v.codes[i] = picked(low, high, half);
+        if (LARGE) v.codes[i] &= v.kept[i] * 255;
     }
+    return v;
 }
 
-__device__ __forceinline__ u32 four_from(const char* survivors, int at) {
-    const u32* words = (const u32*)(survivors + (at & ~3));
-    return __funnelshift_r(words[0], words[1], 8 * (at & 3));
-}
-
-// By bits of a mask, four at a time: where `prmt` finds the byte of each channel; those that are pruned find the other
-// operand.
-__device__ constexpr u16 PICK[16] = {0x4444, 0x4440, 0x4404, 0x4410, 0x4044, 0x4140, 0x4104, 0x4210,
-                             0x0444, 0x1440, 0x1404, 0x2410, 0x1044, 0x2140, 0x2104, 0x3210};
-
-// The mask of a row of a segment.
-__device__ __forceinline__ u32 mask_of(const Weight& w, int segment, int row) {
-    const u32 mask = row < w.rows ? __ldg(w.mask + (size_t)segment * w.rows + row) : 0;
-    return segment == SEGMENTS_IN_ALL - 1 ? mask & LAST : mask;
-}
-
-// The codes of four rows; pruned weights get `absent_of` their row, four times a byte: the zero point, which counts
-// nothing.
-template <int BITS>
-__device__ __forceinline__ void masked_codes(const char* survivors, u32 mask, u32 start, int lane, const u32* absent_of,
-                                             const u32* pick, Codes (&c)[2]) {
-    const int g = lane / 4, t = lane % 4;
-    const int own = __popc(mask);
-    int before = own;
+// Survivors in the rows before; counts of two segments side by side.
+__device__ __forceinline__ u32 before(u32 own, int lane) {
+    u32 sum = own;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, before, d);
-        if (lane >= d) before += other;
+        const u32 other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
     }
-    before += (int)(start % 32) - own;
-    const uint4 zeros = ((const uint4*)absent_of)[g];
-    const u32 absent[4] = {zeros.x, zeros.y, zeros.z, zeros.w};
-    const u32 lower = ((1u << (2 * t)) - 1) * 0x01010101u;
+    return sum - own;
+}
+
+// Codes of rows first, first + STEP, first + 2 STEP, first + 3 STEP, channels 8t ..: of float16 values low and high bytes;
+// 0 where pruned; and which are kept. A lane gives the mask of its own row, and where in shared memory this row's survivors
+// start; `selectors_of` eight bits says where to find them.
+template <int BITS, int STEP, typename Selectors>
+__device__ __forceinline__ void masked_codes(u32 mask, u32 start, int first, int t, const Selectors& selectors_of,
+                                             Codes (&c)[2], Codes& kept) {
+    const u32 lower = (1u << (8 * t)) - 1;
+    u32 ones = 0x01010101;
+    asm("" : "+r"(ones));  // a register: else it is loaded anew each time
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const u32 m = __shfl_sync(~0u, mask, 4 * g + j);
-        int at = __shfl_sync(~0u, before, 4 * g + j) + __popc(m & lower);
+        const u32 m = __shfl_sync(~0u, mask, first + j * STEP);
+        const u32 at = __shfl_sync(~0u, start, first + j * STEP) + __popc(m & lower);
+        const u32 select = selectors_of(__byte_perm(m, 0, 0x4440 + t));
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u32 flags = m >> (2 * t + i) & 0x01010101;
-            const u32 selector = pick[(flags * 0x01020408u) >> 24 & 15];
-            c[0].chunk[i][j] = __byte_perm(four_from(survivors, at), BITS == 16 ? 0 : absent[j], selector);
-            if constexpr (BITS == 16)
-                c[1].chunk[i][j] = __byte_perm(four_from(survivors + SURVIVOR_BYTES, at), 0, selector);
-            at += __popc(flags);
+        for (int byte = 0; byte < (BITS == 16 ? 2 : 1); byte++) {
+            const Eight v = placed<(BITS >= 8)>(at + byte * SURVIVOR_BYTES, select, ones);
+#pragma unroll
+            for (int i = 0; i < 2; i++) c[byte].chunk[i][j] = v.codes[i], kept.chunk[i][j] = v.kept[i];
         }
     }
 }
 #endif
-

@@ -2,16 +2,15 @@
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mpfx.nn.kernels.tables import scale_words, segment_table
-from mpfx.nn.layout import LEFT_OUT, SEGMENT, Layout, words
+from mpfx.nn.layout import LEFT_OUT, Layout, words
 from mpfx.nn.packing import PackedWeight, survivors
-from mpfx.nn.planes import pack_codes
+from mpfx.nn.planes import last_word
 from mpfx.nn.scales import CodedScales
 
 ROWS = 32
@@ -54,7 +53,7 @@ def weight_macros(x: Tensor, weight: PackedWeight) -> tuple[tuple[str, int], ...
         ("ZEROS", int(weight.zeros is not None)),
         ("MASKED", int(weight.mask is not None)),
         ("ALIGNED", int(weight.out_features % 4 == 0 and weight.codes.data_ptr() % 16 == 0)),
-        ("LAST", _last_mask(layout)),
+        ("LAST", last_word(layout.in_features)),
     )
 
 
@@ -132,10 +131,3 @@ def _count(mask: Tensor, layout: Layout) -> Masked:
             streams[segment] = first
         first += words(int(ends[-1]), bits)
     return Masked(starts.to(torch.int32), tuple(streams))
-
-
-@lru_cache(maxsize=256)
-def _last_mask(layout: Layout) -> int:
-    """Which bits of the last segment's mask stand for channels."""
-    rest = layout.in_features % SEGMENT or SEGMENT
-    return int(pack_codes(torch.ones(1, rest, dtype=torch.int32), 1)) & 0xFFFFFFFF
