@@ -239,6 +239,11 @@ class CompressionConfig:
         return self.scored or self.scaled or self.allocation == "optimal"
 
     @property
+    def looks_at_products(self) -> bool:
+        """Whether Hessians of the dense model's inputs are needed before bits are given, not only their diagonals."""
+        return self.scored or self.allocation == "optimal"
+
+    @property
     def looks_at_channels(self) -> bool:
         """Whether the sizes of single channels are needed before bits are given, beside the Hessians."""
         return self.scored or self.scaled or self.distortion == "signals"

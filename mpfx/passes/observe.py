@@ -24,7 +24,7 @@ from mpfx.graph import (
 from mpfx.passes.locate import located, naming_sites
 from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
-from mpfx.stats import MomentAccumulator, Moments, Sensitivity, pooled, topped_up
+from mpfx.stats import ALL_SUMS, MomentAccumulator, Moments, Sensitivity, Sums, pooled, topped_up
 
 Accumulators = dict[str, MomentAccumulator]
 
@@ -177,8 +177,7 @@ def observed(
     groups: Sequence[InputGroup],
     reading: Callable[[], Reading] = Reading,
     weigh: "Weigh | None" = None,
-    *,
-    channels: bool = True,
+    taken: Sums = ALL_SUMS,
 ) -> Iterator[Accumulators]:
     """Accumulate the moments of every group's input while the context is open; leaves no hook behind.
 
@@ -188,7 +187,7 @@ def observed(
         reading: called for every input; returns what belongs to the current batch. Padding of inputs of another
             number of tokens (one expert's share) counts in full.
         weigh: :func:`token_weights` of these groups and others, where it is at hand.
-        channels: see :class:`mpfx.stats.MomentAccumulator`.
+        taken: which sums.
     """
     moments: Accumulators = {}
     weigh = token_weights(gm, groups) if weigh is None else weigh
@@ -198,7 +197,7 @@ def observed(
         if now.paused:
             return
         if name not in moments:
-            moments[name] = MomentAccumulator(x.shape[-1], x.device, channels=channels)
+            moments[name] = MomentAccumulator(x.shape[-1], x.device, taken)
         weights = weigh(name, x, now.masks, now.next_weights(name, x))
         with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model computes in
             moments[name].update(x, weights, now.next_reference(name, x))
@@ -302,8 +301,7 @@ def dense_moments(
     runner: Runner = _HERE,
     sensed: Sensed | None = None,
     ranks: Ranks = ALONE,
-    *,
-    channels: bool = True,
+    taken: Sums = ALL_SUMS,
 ) -> Iterator[tuple[str, Moments]]:
     """Observe what every located input group reads in the model as it is, block after block.
 
@@ -317,7 +315,7 @@ def dense_moments(
         sensed: by how much the loss feels the outputs, for the same batches: Hessians are then ``2/n sum_t c_t x_t
             x_t^T`` with c the mean squared gradient of the loss. None: all tokens count alike.
         ranks: the processes, each with batches of its own; all have to iterate to the end.
-        channels: see :class:`mpfx.stats.MomentAccumulator`.
+        taken: which sums.
 
     Yields:
         Name and statistics of the groups that were called, while their block lies on the device. Of several processes,
@@ -331,7 +329,7 @@ def dense_moments(
     with runner.placed(parts) as placed:
         for block in placed:
             here = groups[block.index]
-            with observed(gm, here, lambda: reading[0], weigh, channels=channels) as seen:
+            with observed(gm, here, lambda: reading[0], weigh, taken) as seen:
                 for index, values in enumerate(streams):
                     weights = {} if sensed is None else sensed.weights(here, index)
                     reading[0] = Reading(masks[index], weights)

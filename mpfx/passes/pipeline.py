@@ -19,7 +19,7 @@ from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solved_groups
-from mpfx.stats import ChannelMoments, Moments, Sensitivity
+from mpfx.stats import ALL_SUMS, ChannelMoments, Moments, Sensitivity, Sums
 
 _STAGES = {
     "FoldScales": "scale",
@@ -76,8 +76,9 @@ class Calibration:
         """The moments that a config allocates by, one input group after the other; all processes ask for all."""
         kept = self.guided if config.power else self.moments
         if kept is None:
-            channels, tokens = config.looks_at_channels, config.allocation_tokens
-            yield from self._observed(bool(config.power), runner, tokens, channels=channels)
+            guided = bool(config.power)
+            taken = Sums(config.looks_at_channels, config.looks_at_products or guided)
+            yield from self._observed(guided, runner, config.allocation_tokens, taken)
             return
         for name, moments in kept.items():
             yield name, moments if runner.device is None else moments.to(runner.device)
@@ -86,12 +87,12 @@ class Calibration:
         return {name: moments.to(torch.device("cpu")) for name, moments in self._observed(guided, runner, tokens)}
 
     def _observed(
-        self, guided: bool, runner: Runner, tokens: int | None, *, channels: bool = True
+        self, guided: bool, runner: Runner, tokens: int | None, taken: Sums = ALL_SUMS
     ) -> Iterator[tuple[str, Moments]]:
         chosen, share = self._chosen(tokens)
         calls = [self.calls[index] for index in chosen]
         sensed = self.sensed.of(chosen, share) if guided else None
-        return dense_moments(self.graph_module, calls, runner, sensed, self.ranks, channels=channels)
+        return dense_moments(self.graph_module, calls, runner, sensed, self.ranks, taken)
 
     def _chosen(self, tokens: int | None) -> tuple[list[int], float]:
         """Numbers of this process's calls that hold, with those of the others, so many tokens; and their share of all.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mpfx.graph import InputGroup
-from mpfx.stats import MomentAccumulator
+from mpfx.stats import MomentAccumulator, Sums
 
 T = TypeVar("T")
 
@@ -128,21 +128,20 @@ class Ranks:
         owners = self._owners(groups)
         if self.size == 1:
             return list(groups)
-        seen = self.gathered(lambda: {name: (a.tokens, a.drifting, a.channels) for name, a in accumulators.items()})
+        seen = self.gathered(lambda: {name: (a.tokens, a.drifting, a.taken) for name, a in accumulators.items()})
         for group in groups:
             known = [facts[group.name] for facts in seen if group.name in facts]
             sums = accumulators.pop(group.name, None)
             if not known:
                 continue
             if sums is None:
-                channels = known[0][2]
-                sums = MomentAccumulator(group.sites[0].in_features, self.device, channels=channels)
+                sums = MomentAccumulator(group.sites[0].in_features, self.device, known[0][2])
             self._reduced(sums, owners[group.name], known)
             if owners[group.name] == self.rank:
                 accumulators[group.name] = sums
         return [group for group in groups if owners[group.name] == self.rank]
 
-    def _reduced(self, sums: MomentAccumulator, owner: int, known: Sequence[tuple[int, bool, bool]]) -> None:
+    def _reduced(self, sums: MomentAccumulator, owner: int, known: Sequence[tuple[int, bool, Sums]]) -> None:
         tokens, drifting, _ = zip(*known, strict=True)
         sums.add_up(partial(dist.reduce, dst=owner), sum(tokens), drifting=any(drifting))
 

@@ -70,13 +70,17 @@ class Sensing:
 
     def take(self, calls: Mapping[str, Sequence[Call]]) -> None:
         """Take in what was heard of one batch."""
+        heard = [call.squares for found in calls.values() for call in found]
+        # One copy, as the device is waited for at each.
+        host = iter(torch.cat(heard).cpu().split([len(squares) for squares in heard]) if heard else ())
         for name, found in calls.items():
-            if not all(bool(torch.isfinite(call.squares).all()) for call in found):
+            squares = [next(host) for _ in found]
+            if not all(bool(torch.isfinite(call).all()) for call in squares):
                 raise ValueError(
                     f"the gradient of the loss at the outputs of group {name} is not finite: look at the data of this "
                     "batch, and at the compute precision (float16 overflows where bfloat16 and float32 do not)."
                 )
-            self._batches[name].append([call.squares.cpu() for call in found])
+            self._batches[name].append(squares)
 
     def finalise(self, ranks: Ranks = ALONE) -> Sensed:
         """Hand over what was gathered; keeps none.
@@ -156,7 +160,8 @@ def _site_hook(calls: list[Call], rows: int) -> Callable[..., Tensor | None]:
         count += 1
 
         def take(gradient: Tensor) -> None:
-            call.squares += gradient.flatten(0, -2).float().square().sum(-1) / rows
+            norms = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=torch.float32)
+            call.squares += norms.square_() / rows
             call.heard = True
 
         output.register_hook(take)

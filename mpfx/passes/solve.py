@@ -32,7 +32,7 @@ from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.report import SiteReport
 from mpfx.solve import factorise, layer_error, refine, sweep
-from mpfx.stats import Moments, Sensitivity
+from mpfx.stats import Moments, Sensitivity, Sums
 
 SOLVED = "mpfx_solved"
 """Key of ``node.meta`` under which a group's :class:`SolvedGroup` lies, by the group's name."""
@@ -278,7 +278,7 @@ class PruneAndQuantize(Pass):
             The moments, and the groups that read other tokens than weights or the dense model's values were known for.
         """
         reading, amiss, idle = [Reading()], set[str](), dead_ends(block)
-        with observed(work.gm, groups, lambda: reading[0], work.weigh, channels=False) as moments:
+        with observed(work.gm, groups, lambda: reading[0], work.weigh, Sums(channels=False)) as moments:
             for index, stream in enumerate(streams):
                 references = {}
                 if stream.dense is not None and first:

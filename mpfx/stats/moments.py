@@ -75,26 +75,43 @@ class Moments:
         return Moments(hessian, self.mean_abs[order], self.mean[order], self.variance[order], self.tokens, drift)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Which sums are taken.
+
+    Attributes:
+        channels: also those of single channels, behind `mean_abs`, `mean` and `variance`; else these come out as NaN.
+        products: also those of products of channels; else the Hessian comes out as its diagonal, and no token may have
+            another weight than 0 or 1.
+    """
+
+    channels: bool = True
+    products: bool = True
+
+
+ALL_SUMS = Sums()
+
+
 class MomentAccumulator:
     """Sums behind :class:`Moments`: update with batches, merge with another rank's, finalise.
 
     Args:
         in_features: channels of the input.
         device: where the sums lie.
-        channels: whether also sums of single channels are taken, behind `mean_abs`, `mean` and `variance`; else these
-            come out as NaN.
+        taken: which sums.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", *, channels: bool = True) -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", taken: Sums = ALL_SUMS) -> None:
         # Apple's GPUs have no float64.
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
 
         def zeros(*shape: int, dtype: torch.dtype = exact) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._outer = zeros(in_features, in_features, dtype=torch.float32)  # blocks below the diagonal: not in use
+        # Blocks below the diagonal are not in use.
+        self._outer = zeros(in_features, in_features, dtype=torch.float32) if taken.products else None
         self._absolute, self._sum, self._square = zeros(in_features), zeros(in_features), zeros(in_features)
-        self.channels = channels
+        self.taken = taken
         self._drift: Tensor | None = None
         self.tokens = 0
 
@@ -128,10 +145,14 @@ class MomentAccumulator:
 
     def _add(self, x: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
         x = x if _multiplies_half(x) else x.float()
-        if self.channels:
+        if self.taken.channels or self._outer is None:
             self._absolute += _absolutes(x)
             self._sum += x.sum(0, dtype=torch.float32)
             self._square += _squares(x)
+        if self._outer is None:
+            if weights is not None:
+                raise ValueError("Expected tokens that count alike where no products of channels are summed.")
+            return
         roots, share = (None, None) if weights is None else _roots(weights)
         scaled = _scaled(x, roots)
         _add_blocks(self._outer, scaled, scaled, share, upper=True)
@@ -144,7 +165,7 @@ class MomentAccumulator:
         for mine, its in zip(self._sums(), other._sums(), strict=True):
             mine.add_(its.to(mine.device))
         if other._drift is not None:
-            self._drift = torch.zeros_like(self._outer) if self._drift is None else self._drift
+            self._drift = torch.zeros_like(other._drift) if self._drift is None else self._drift
             self._drift.add_(other._drift.to(self._drift.device))
         self.tokens += other.tokens
 
@@ -161,14 +182,15 @@ class MomentAccumulator:
             tokens: that all of them saw.
             drifting: whether any of them saw what another model reads.
         """
-        if drifting and self._drift is None:
+        if drifting and self._drift is None and self._outer is not None:
             self._drift = torch.zeros_like(self._outer)
         for tensor in (*self._sums(), *(() if self._drift is None else (self._drift,))):
             add(tensor)
         self.tokens = tokens
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self._outer, self._absolute, self._sum, self._square
+        channels = self._absolute, self._sum, self._square
+        return channels if self._outer is None else (self._outer, *channels)
 
     def finalise(self) -> Moments:
         """Return the statistics of all tokens so far.
@@ -178,16 +200,21 @@ class MomentAccumulator:
         """
         if not self.tokens:
             raise ValueError("no token reached this input during calibration.")
-        known = self.tokens if self.channels else torch.nan
+        known = self.tokens if self.taken.channels else torch.nan
         mean = self._sum / known
         return Moments(
-            hessian=_mirrored(self._outer * (2 / self.tokens)),
+            hessian=self._hessian(),
             mean_abs=(self._absolute / known).float(),
             mean=mean.float(),
             variance=(self._square / self.tokens - mean.square()).clamp_(min=0).float(),
             tokens=self.tokens,
             drift=None if self._drift is None else self._drift * (2 / self.tokens),
         )
+
+    def _hessian(self) -> Tensor:
+        if self._outer is None:
+            return (self._square * (2 / self.tokens)).float().diag_embed()
+        return _mirrored(self._outer * (2 / self.tokens))
 
 
 def _multiplies_half(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpfx.graph import bind_inputs, blocks, dead_ends, last_readers, run_block, run_on, trace
+from mpfx.graph.live import TraceRecord
 from mpfx.passes import (
     Allocate,
     CompressionConfig,
@@ -199,3 +200,25 @@ def test_nothing_is_offloaded_from_the_host(llama: Any, offload: Any) -> None:
     assert not running.stays_on_host(llama, CPU, offload)
     with pytest.raises(ValueError, match="`offload` to be auto, always or never"):
         CompressionConfig(code_bits=4, offload="sometimes")  # type: ignore[arg-type]
+
+
+def test_the_graph_is_not_walked_for_every_block(make_llama: Any, batches: Batches, monkeypatch: Any) -> None:
+    """What every analysis begins with, a look at all nodes, is done as often for many layers as for few."""
+    looks: list[int] = []
+    original = TraceRecord.cached
+
+    def cached(record: TraceRecord, *args: Any) -> Any:
+        looks[-1] += 1
+        return original(record, *args)
+
+    for layers in (2, 5):
+        gm = run_passes(
+            trace(make_llama(num_hidden_layers=layers), (), {**batches[0], "use_cache": False}), analysis(Scope())
+        )
+        values = [bind_inputs(gm, (), {**batches[0], "use_cache": False})]
+        looks.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(TraceRecord, "cached", cached)
+            allocate = Allocate(CONFIG, dense_moments(gm, values, Runner(CPU)))
+            run_passes(gm, [allocate, PruneAndQuantize(values, SolveConfig(correction=0.5))])
+    assert looks[0] == looks[1] < 40

@@ -1,10 +1,12 @@
 """Accumulated statistics against numpy on all tokens at once."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from mpfx.stats import MomentAccumulator
+from mpfx.stats import MomentAccumulator, Sums
 
 
 def tokens(count: int, channels: int = 7) -> torch.Tensor:
@@ -108,9 +110,27 @@ def test_no_token_is_an_error() -> None:
         MomentAccumulator(3).finalise()
 
 
+def test_the_diagonal_alone_is_that_of_the_hessian() -> None:
+    x, mask = torch.randn(30, 6), torch.ones(30)
+    mask[20:] = 0
+    whole, alone = MomentAccumulator(6), MomentAccumulator(6, taken=Sums(products=False))
+    for accumulator in (whole, alone):
+        accumulator.update(x[:15], mask[:15])
+        other = copy.deepcopy(accumulator)
+        other.update(x[15:], mask[15:])
+        accumulator.merge(other)
+    expected, found = whole.finalise(), alone.finalise()
+    assert found.tokens == expected.tokens == 35
+    assert torch.allclose(found.hessian, expected.hessian.diagonal().diag(), rtol=1e-5)
+    assert torch.allclose(found.channels.power, expected.channels.power, rtol=1e-5)
+    assert torch.allclose(found.mean_abs, expected.mean_abs, rtol=1e-5)
+    with pytest.raises(ValueError, match="count alike"):
+        alone.update(x, torch.full((30,), 0.5))
+
+
 def test_channels_that_were_not_looked_at_are_no_numbers() -> None:
     x = torch.randn(30, 6)
-    alone = MomentAccumulator(6, channels=False)
+    alone = MomentAccumulator(6, taken=Sums(channels=False))
     alone.update(x)
     moments = alone.finalise()
     assert torch.allclose(moments.hessian, 2 / 30 * x.t() @ x, atol=1e-6)
