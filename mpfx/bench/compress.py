@@ -387,7 +387,7 @@ def _in_order(measured: Mapping[str, Stage], observing: float) -> dict[str, Stag
     order = ["trace", "sense", OBSERVE, ALLOCATE, "scale", SOLVE, "pack", "fold"]
     inner = {name.removeprefix(f"{_RUN}/"): stage for name, stage in measured.items() if "/" in name}
     nested = f"{ALLOCATE}/{OBSERVE}"
-    found = {name.replace(nested, OBSERVE): stage for name, stage in inner.items()}
+    found = {name.replace(nested, OBSERVE): stage for name, stage in inner.items() if name != SHARE}  # between stages
     if nested in inner:
         spent, observed = found[ALLOCATE], inner[nested]
         found[ALLOCATE] = Stage(spent.seconds - observed.seconds, spent.peak)
