@@ -39,12 +39,13 @@ def main(args: Sequence[str] | None = None) -> int:
             *_, chosen = _chosen(top.instantiate(options))
         with _logging(chosen.log_level):
             return command.run(chosen)
-    except torch.OutOfMemoryError as error:
-        reason: object = f"out of memory; {command.smaller}. {error}"
     except Exception as error:
-        if not _refused(error):
+        if _out_of_memory(error):
+            reason: object = f"out of memory; {command.smaller}. {error}"
+        elif _refused(error):
+            reason = error.__cause__ if isinstance(error, PassError) else error
+        else:
             raise
-        reason = error.__cause__ if isinstance(error, PassError) else error
     Console(stderr=True).print(f"mpfx {name}: {reason}", style="red", markup=False, soft_wrap=True)
     return 2
 
@@ -55,6 +56,11 @@ def _chosen(options: Namespace) -> "tuple[str, _Command, Namespace]":
     if name == "bench":
         return f"bench {own.suite}", _SUITES[own.suite], own[own.suite]
     return name, _COMMANDS[name], own
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory, of a device or of the host, for which PyTorch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _refused(error: Exception) -> bool:
@@ -330,12 +336,8 @@ def _tell(text: str) -> None:
 
 
 def _generate_parser() -> _Parser:
-    from mpfx.bench.models import PRESETS
-
     built = _Parser(description="Let a random model generate, dense and packed; batch 1, greedy, static cache.")
-    built.add_argument(
-        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
-    )
+    _add_config(built)
     built.add_argument("--bits", type=float, default=4.25, help="Stored bits per weight, widths mixed.")
     built.add_argument("--prompt", type=int, default=32, help="Tokens that are there before.")
     built.add_argument("--tokens", type=int, default=224, help="Tokens that are generated.")
@@ -353,12 +355,8 @@ def _generate(options: Namespace) -> int:
 
 
 def _bench_compress_parser() -> _Parser:
-    from mpfx.bench.models import PRESETS
-
     built = _Parser(description="Compress a random model: what every stage takes, its floor, and the plain loop.")
-    built.add_argument(
-        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
-    )
+    _add_config(built)
     built.add_argument("--layers", type=int, help="Of the model. Default: as many as its config says.")
     built.add_argument("--samples", type=int, default=128, help="Calibration windows of random tokens.")
     built.add_argument("--length", type=int, default=2048, help="Tokens of a window.")
@@ -399,6 +397,14 @@ def _linear_parser() -> _Parser:
     return built
 
 
+def _add_config(built: _Parser) -> None:
+    from mpfx.bench.models import PRESETS
+
+    built.add_argument(
+        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
+    )
+
+
 def _add_device(built: _Parser) -> None:
     built.add_argument("--device", help="cpu, cuda or cuda:<number>. Default: a CUDA device if there is one.")
     built.add_argument("--dtype", help="Of the dense weights. Default: bfloat16 on a GPU, float32 on the CPU.")
@@ -419,7 +425,10 @@ def _new_file(path: str | None) -> Path | None:
         return None
     if Path(path).is_dir():
         raise ValueError(f"Expected `output` to be a file but {path!r} is a folder.")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Expected `output` to be a file in a folder but {path!r} is in none: {error}.") from error
     return Path(path)
 
 
