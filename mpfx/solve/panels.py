@@ -98,7 +98,7 @@ def fit(
     least = tl.full(live.shape, float("inf"), dtype=tl.float32)
     best, best_code = tl.zeros(live.shape, dtype=tl.float32), covering
     for candidate in range(TRIED):
-        code = tl.minimum(covering + candidate, 15)
+        code = tl.maximum(tl.minimum(covering + candidate, 15), 0)  # a weight that is no number has no place in a table
         if CODED:  # the products of mpfx.nn.scales, in their order
             scale = base * tl.load(factors_ptr + code) * tl.load(steps_ptr + bits)
         else:

@@ -198,12 +198,14 @@ def _add_blocks(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None) -> None:
     """Add ``share left^T right`` to float32 sums."""
-    if left.dtype == torch.float32 and share is None:
-        total.addmm_(left.t(), right)
-        return
     half = left.dtype != torch.float32
-    product = torch.mm(left.t(), right, out_dtype=torch.float32) if half else left.t() @ right
-    total.add_(product if share is None else product.mul_(share))
+    if share is not None:
+        product = torch.mm(left.t(), right, out_dtype=torch.float32) if half else left.t() @ right
+        total.add_(product.mul_(share))
+    elif half:
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.t(), right)
 
 
 def _mirrored(upper: Tensor) -> Tensor:

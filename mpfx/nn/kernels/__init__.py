@@ -96,7 +96,18 @@ def _plain(x: Tensor, bias: Tensor | None) -> bool:
     return not wants_gradient(x, bias)
 
 
+def _check_devices(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> None:
+    """Refuse tensors that lie elsewhere: kernels get addresses, which mean something else on another device."""
+    for name, part in (*weight.parts.items(), ("permutation", permutation), ("bias", bias)):
+        if part is not None and part.device != x.device and name != "widths":  # no kernel reads these
+            raise ValueError(
+                f"Expected all of a packed layer on {x.device}, where its input is, but its `{name}` is on "
+                f"{part.device}: move the model as a whole."
+            )
+
+
 def _run(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_devices(x, weight, permutation, bias)
     if x.is_cpu and x.dtype in _KERNEL_DTYPES and x.numel() > 0:
         return _cpu()(x, weight, permutation, bias)
     return _run_elsewhere(x, weight, permutation, bias)
@@ -108,6 +119,8 @@ def _run_together(
 ) -> list[Tensor]:
     if not _on_cuda(x):
         return [_run(x, weight, permutation, bias) for weight, bias in zip(weights, biases, strict=True)]
+    for weight, bias in zip(weights, biases, strict=True):
+        _check_devices(x, weight, permutation, bias)
     outs = _cuda().cuda_linears(x.reshape(-1, x.shape[-1]), weights, permutation, biases)
     return [_shaped(out, x) for out in outs]
 

@@ -89,3 +89,15 @@ def test_no_row_and_other_dtypes_run_on_the_reference(dtype: torch.dtype) -> Non
     x = inputs(2, 200).double()
     weight = PackedWeight.of(packed.packed.parts, LAYOUT)
     assert torch.equal(packed_linear(x, weight, None, None), reference(x, weight, None, None))
+
+
+@pytest.mark.parametrize("away", ["codes", "scale_codes", "mask", "permutation", "bias"])
+def test_what_lies_on_another_device_is_refused(away: str) -> None:
+    packed = module(0.5)
+    parts = {**packed.packed.parts, "permutation": packed.permutation, "bias": packed.bias}
+    found = parts[away]
+    assert found is not None
+    parts[away] = found.detach().to("meta")
+    permutation, bias = parts.pop("permutation"), parts.pop("bias")
+    with pytest.raises(ValueError, match=f"on cpu, where its input is, but its `{away}` is on meta"), torch.no_grad():
+        packed_linear(inputs(1, 200), PackedWeight.of(parts, LAYOUT), permutation, bias)
