@@ -39,14 +39,15 @@ def main(args: Sequence[str] | None = None) -> int:
             *_, chosen = _chosen(top.instantiate(options))
         with _logging(chosen.log_level):
             return command.run(chosen)
-    except torch.OutOfMemoryError as error:
-        reason: object = f"out of memory; {command.smaller}. {error}"
     except Exception as error:
         if not _first() and was_told(error):
             return 0  # the first process tells; another status would end it before it has
-        if not _refused(error):
+        if _out_of_memory(error):
+            reason: object = f"out of memory; {command.smaller}. {error}"
+        elif _refused(error):
+            reason = error.__cause__ if isinstance(error, PassError) else error
+        else:
             raise
-        reason = error.__cause__ if isinstance(error, PassError) else error
     Console(stderr=True).print(f"mpfx {name}: {reason}", style="red", markup=False, soft_wrap=True)
     return 2
 
@@ -63,6 +64,11 @@ def _first() -> bool:
     """Whether this is the only process, or the one of several that tells."""
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")  # not loaded: there is one
     return lightning is None or lightning.rank_zero_only.rank == 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory, of a device or of the host, for which PyTorch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _refused(error: Exception) -> bool:
@@ -344,12 +350,8 @@ def _tell(text: str) -> None:
 
 
 def _generate_parser() -> _Parser:
-    from mpfx.bench.models import PRESETS
-
     built = _Parser(description="Let a random model generate, dense and packed; batch 1, greedy, static cache.")
-    built.add_argument(
-        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
-    )
+    _add_config(built)
     built.add_argument("--bits", type=float, default=4.25, help="Stored bits per weight, widths mixed.")
     built.add_argument("--prompt", type=int, default=32, help="Tokens that are there before.")
     built.add_argument("--tokens", type=int, default=224, help="Tokens that are generated.")
@@ -367,12 +369,8 @@ def _generate(options: Namespace) -> int:
 
 
 def _bench_compress_parser() -> _Parser:
-    from mpfx.bench.models import PRESETS
-
     built = _Parser(description="Compress a random model: what every stage takes, its floor, and the plain loop.")
-    built.add_argument(
-        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
-    )
+    _add_config(built)
     built.add_argument("--layers", type=int, help="Of the model. Default: as many as its config says.")
     built.add_argument("--samples", type=int, default=128, help="Calibration windows of random tokens.")
     built.add_argument("--length", type=int, default=2048, help="Tokens of a window.")
@@ -415,6 +413,14 @@ def _linear_parser() -> _Parser:
     return built
 
 
+def _add_config(built: _Parser) -> None:
+    from mpfx.bench.models import PRESETS
+
+    built.add_argument(
+        "--model", default="llama-2-7b", help=f"{', '.join(PRESETS)}, a config.json, or a folder that holds one."
+    )
+
+
 def _add_device(built: _Parser) -> None:
     built.add_argument("--device", help="cpu, cuda or cuda:<number>. Default: a CUDA device if there is one.")
     built.add_argument("--dtype", help="Of the dense weights. Default: bfloat16 on a GPU, float32 on the CPU.")
@@ -435,7 +441,10 @@ def _new_file(path: str | None) -> Path | None:
         return None
     if Path(path).is_dir():
         raise ValueError(f"Expected `output` to be a file but {path!r} is a folder.")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Expected `output` to be a file in a folder but {path!r} is in none: {error}.") from error
     return Path(path)
 
 

@@ -63,13 +63,13 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def _cpu_cache(folder: Path) -> int:
-    """Sum of the last-level caches that Linux lists; 0 where it lists none."""
+    """Sum of the last-level caches that Linux lists with their sizes; 0 where it lists none."""
     found: dict[tuple[int, str], int] = {}  # by level and the cores that share it: each once
     for cache in folder.glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, shared, size = (
-            (cache / name).read_text(encoding="ascii").strip() for name in ("level", "shared_cpu_list", "size")
-        )
-        found[int(level), shared] = int(size.removesuffix("K")) << 10
+        files = [cache / name for name in ("level", "shared_cpu_list", "size")]
+        if all(file.is_file() for file in files):  # not every processor tells the size
+            level, shared, size = (file.read_text(encoding="ascii").strip() for file in files)
+            found[int(level), shared] = int(size.removesuffix("K")) << 10
     last = max((level for level, _ in found), default=0)
     return sum(size for (level, _), size in found.items() if level == last)
 

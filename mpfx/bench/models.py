@@ -1,5 +1,7 @@
 """Language models with random weights, dense or packed, made on the device they run on, no larger than they are."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ def config_of(name: str) -> "PretrainedConfig":
         name: of a preset; or the path of a ``config.json``, or of a folder that holds one. Weights are not read.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or none that can be read.
     """
     from transformers import AutoConfig, LlamaConfig
 
@@ -55,16 +57,29 @@ def config_of(name: str) -> "PretrainedConfig":
             f"Expected `model` to be one of {', '.join(PRESETS)}, a config.json, or a folder that holds one, but got "
             f"{name!r}."
         )
-    config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    with _named_errors(name):
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
     vars(config).pop("quantization_config", None)  # only the sizes count
     return config
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Say which model it was; checks and models of transformers raise whatever they stumble over."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"Expected `model` to be the config of a causal language model but {name} is not: {reason[:300]}"
+        ) from error
 
 
 def check_bits(config: "PretrainedConfig", bits: float) -> None:
     """Refuse, before anything is made, a size that the layers of a model cannot have.
 
     Raises:
-        ValueError: naming the weight and the sizes that it can have.
+        ValueError: naming the weight and the sizes that it can have; if the config is of no causal language model.
     """
     for _, module in _sites(_skeleton(config, torch.float32)):
         rows, channels = linear_weight(module).shape
@@ -76,7 +91,7 @@ def _skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMode
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    with _named_errors(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model
 

@@ -6,7 +6,7 @@
 same without ``.bias`` (see :class:`mpfx.nn.experts.PackedStack`), every permutation once as ``mpfx:permutation:<k>``,
 all other parameters and persistent buffers of the model under their own names, and floating buffers that its state dict
 leaves out (rotary tables, whose dtype depends on the model's history) as ``mpfx:buffer:<name>``. ``mpfx.json`` is the
-manifest: format version (2 with packed experts, else 1), the packed sites and experts with their sizes, which tensors
+manifest: format version (4 with packed experts, else 3), the packed sites and experts with their sizes, which tensors
 share memory, and anything the caller adds. It is put in place last, so a folder with a manifest is whole.
 
 A model that is larger than a shard is ``model-<i>-of-<n>.safetensors`` with ``model.safetensors.index.json``, as

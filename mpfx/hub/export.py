@@ -94,6 +94,8 @@ def _check_target(path: Path, format: str) -> None:
         raise ValueError(
             f"Expected `output` to be new but {str(path)!r} exists: name another path, or remove it first."
         )
+    if files := [str(parent) for parent in path.parents if parent.is_file()]:
+        raise ValueError(f"Expected `output` in a folder but {files[0]!r} is a file: name another path.")
 
 
 def _open(source: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mpfx.hub.contents import packed_sites
 from mpfx.hub.grids import GridWeight, Problem, block_size, common_problems, dense_state, grid_layers, refuse, width
 from mpfx.hub.manifest import QUANTIZATION
+from mpfx.hub.saving import save_config
 from mpfx.nn import SEGMENT, MixedPrecisionLinear
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def write_compressed(
         weights |= {f"{path}.{name}": part.cpu() for name, part in parts.items()}
     folder.mkdir()
     save_torch_state_dict({**dense_state(model), **weights}, folder, max_shard_size="50GB")
-    _write_config(model, _quantization(schemes, block, _linears(model)), folder)
+    save_config(model, _quantization(schemes, block, _linears(model)), folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     return sum(part.nbytes for part in weights.values()), _notes(schemes)
@@ -166,16 +167,6 @@ def _quantization(schemes: Mapping[_Scheme, list[str]], block: int | None, linea
         "config_groups": groups,
         "ignore": [path for path in linears if path not in packed],
     }
-
-
-def _write_config(model: Any, quantization: dict[str, Any], folder: Path) -> None:
-    config = copy.deepcopy(model.config)
-    config.quantization_config = quantization
-    config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.save_pretrained(str(folder))
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(str(folder))
 
 
 def _notes(schemes: Mapping[_Scheme, list[str]]) -> list[str]:

@@ -121,15 +121,26 @@ def _named_build(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_layers(config: Any, most: int) -> None:
-    """Check how many layers a config asks for: already a list of their kinds could fill the memory."""
+def _check_layers(config: Any, most: int, kind: Any = None) -> None:
+    """Check how many layers a config, or one inside it, asks for: a list of their kinds alone could fill the memory.
+
+    Args:
+        config: as ``config.json`` has it.
+        most: layers.
+        kind: class of the config; None: what its ``model_type`` says.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if config.get("model_type") in CONFIG_MAPPING:
+        kind = CONFIG_MAPPING[config["model_type"]]
     name = "num_hidden_layers"
-    for key in (name, CONFIG_MAPPING[config["model_type"]].attribute_map.get(name)):
+    for key in (name, getattr(kind, "attribute_map", {}).get(name)):
         layers = config.get(key, 0)
         if isinstance(layers, int | float) and not layers <= most:
             raise ValueError(f"Expected `{key}` to be at most {most}, the number of stored tensors, but got {layers}.")
+    for key, inner in config.items():
+        if isinstance(inner, dict):
+            _check_layers(inner, most, getattr(kind, "sub_configs", {}).get(key))
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def save(
     with _staging(folder) as staged:
         _write_weights(tensors, shards, staged)
         if manifest.library is not None:
-            _save_skeleton(model, manifest, staged)
+            save_config(model, manifest.quantization_config(), staged)
             write_card(staged, folder, model_card(folder, type(model).__name__))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staged))
@@ -200,9 +200,10 @@ def _write_file(tensors: dict[str, Tensor], target: Path) -> None:
     _flush(target)
 
 
-def _save_skeleton(model: Any, manifest: Manifest, folder: Path) -> None:
+def save_config(model: Any, quantization: Mapping[str, Any], folder: Path) -> None:
+    """Write the config of a transformers model, with what says how it is quantized, and its generation config."""
     config = copy.deepcopy(model.config)
-    config.quantization_config = manifest.quantization_config()
+    config.quantization_config = dict(quantization)
     config.architectures = [type(model).__name__]  # these two as `save_pretrained` sets them
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(str(folder))

@@ -153,6 +153,26 @@ def test_wrong_options_are_refused(
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "llama", "hidden_size": "big"}', "expected int, got str"),
+        ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 3}', "not a multiple"),
+        ('{"model_type": "vit"}', "Unrecognized configuration class"),
+    ],
+)
+def test_configs_of_no_model_are_refused(
+    tmp_path: Path, config: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert main(["bench", "generate", "--device", "cpu", "--tokens", "9", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "Expected `model` to be the config of a causal language model" in error
+    assert message in error
+    assert len(error) < 600
+
+
 def test_from_the_command_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "--device",

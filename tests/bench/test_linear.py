@@ -144,6 +144,7 @@ def test_int4_is_what_is_stored(dtype: torch.dtype) -> None:
         (["--dtype", "int4"], "Expected `dtype` to be one of"),
         (["--device", "tpu"], "Expected `device` to be"),
         (["--shapes", "32x64", "--bits", "5.5"], "choose larger `shapes`"),
+        (["--shapes", "99999999999x4096"], "out of memory; choose smaller `rows` or `shapes`"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,3 +167,5 @@ def test_from_the_command_line(
     assert all(t["seconds"] > 0 for t in json.loads(output.read_text())["timings"])
     assert main(["bench", "linear", *options, "--output", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["bench", "linear", *options, "--output", str(output / "more.json")]) == 2
+    assert "is in none" in capsys.readouterr().err.replace("\n", " ")

@@ -108,6 +108,7 @@ def test_an_empty_folder_is_filled_and_another_is_not_touched(tmp_path: Path) ->
     (tmp_path / "plain").touch()
     files = [tmp_path / "plain", *(tmp_path / "out").iterdir()]
     assert len({stat.S_IMODE(file.stat().st_mode) for file in files}) == 1
-    with pytest.raises(ValueError, match="exists: name another path"):
-        export(model, tmp_path / "out", "compressed-tensors")
+    for target, message in ((tmp_path / "out", "exists: name another path"), (files[0] / "out", "plain' is a file")):
+        with pytest.raises(ValueError, match=message):
+            export(model, target, "compressed-tensors")
     assert set(module.FORMATS) == {"compressed-tensors", "gguf"}

@@ -68,8 +68,8 @@ def test_eight_bits_with_zero_points_have_no_type() -> None:
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in BLOCK_TYPES])
-def test_bytes_are_those_of_the_library(name: str) -> None:
-    """A weight that every type holds exactly is written as the library writes it, up to equal values."""
+def test_the_library_reads_every_type(name: str) -> None:
+    """A weight that every type holds exactly comes back as it was."""
     grid = GridWeight.of(layer(4, 64, 3, symmetric=True, coded=False))
     assert torch.equal(dequantized(grid, name), (grid.codes - 4) * grid.scales[:, grid.group])
 

@@ -370,12 +370,18 @@ def test_a_config_of_other_sizes_is_refused(packed: Any, tmp_path: Path) -> None
     ("sizes", "message"),
     [
         ({"num_hidden_layers": 2**31}, "Expected `num_hidden_layers` to be at most"),
+        ({"model_type": "gpt2", "n_layer": 2**31}, "Expected `n_layer` to be at most"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 2**31}}, "Expected `num_hidden_layers` to be"),
+        (
+            {"model_type": "gemma3", "vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 2**31}},
+            "Expected `num_hidden_layers` to be",
+        ),
         ({"num_hidden_layers": 60}, "Expected a model of at most .* parameters"),
         ({"head_dim": 2**33}, "expected the layer's sizes"),
     ],
 )
 def test_a_config_of_hostile_sizes_allocates_nothing(
-    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], message: str
+    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], message: str
 ) -> None:
     mpfx.save(packed, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

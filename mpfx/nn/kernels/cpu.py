@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mpfx.nn.kernels.cpu_eager import eager_linear
-from mpfx.nn.kernels.tables import segment_table
+from mpfx.nn.kernels.tables import OfMask, mask_version, segment_table
 from mpfx.nn.layout import LEFT_OUT, Layout, words
 from mpfx.nn.packing import PackedWeight
 
@@ -226,7 +225,7 @@ class _Stored:
 
     def holds(self, mask: Tensor | None) -> bool:
         """Whether the tensors are where they were, and the mask has not been written to."""
-        return self.pointers == [t.data_ptr() for t in self.tensors] and self.version == _version(mask)
+        return self.pointers == [t.data_ptr() for t in self.tensors] and self.version == mask_version(mask)
 
 
 def _nothing() -> None:
@@ -250,7 +249,7 @@ def _located(weight: PackedWeight) -> _Stored:
     arrays: dict[str, Any] = {name: part.contiguous() for name, part in parts.items()}
     arrays["table"] = segment_table(weight.layout, weight.out_features, _CPU)
     if weight.mask is not None:
-        survivors = _survivors(weight.mask, weight.layout)
+        survivors = _survivors(weight.mask, partial(_count, weight.mask, weight.layout))
         arrays |= {"starts": torch.from_numpy(survivors.starts), "streams": torch.from_numpy(survivors.streams)}
     fields = []
     for name in _codes().FIELDS:
@@ -261,17 +260,12 @@ def _located(weight: PackedWeight) -> _Stored:
     return _Stored(
         tensors=tensors,
         pointers=[t.data_ptr() for t in tensors] if all(t.is_contiguous() for t in tensors) else [],
-        version=_version(weight.mask),
+        version=mask_version(weight.mask),
         address=made.ctypes.data,
         rows=weight.out_features,
         channels=weight.layout.in_features,
         kept=(made, arrays),
     )
-
-
-def _version(mask: Tensor | None) -> int:
-    """Changes when a checkpoint is loaded into a mask."""
-    return -1 if mask is None or mask.is_inference() else mask._version
 
 
 @dataclass(frozen=True)
@@ -282,16 +276,7 @@ class _Survivors:
     streams: NDArray[np.int64]
 
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as it lives: its version, its survivors
-
-
-def _survivors(mask: Tensor, layout: Layout) -> _Survivors:
-    version = _version(mask)
-    known = _known.get(mask)
-    if known is None or known[0] != version:
-        known = _known[mask] = (version, _count(mask, layout))
-    found: _Survivors = known[1]
-    return found
+_survivors = OfMask[_Survivors]()
 
 
 def _count(mask: Tensor, layout: Layout) -> _Survivors:

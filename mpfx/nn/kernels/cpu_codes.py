@@ -11,20 +11,12 @@ from mpfx.nn.kernels.cpu_lanes import (
     MOVES,
     STRIDE,
     TILE,
-    bytes_1,
-    bytes_2,
-    bytes_3,
-    bytes_4,
-    bytes_5,
-    bytes_6,
-    bytes_7,
-    bytes_8,
-    bytes_16,
     moved,
     pointer,
     scales,
     shifted,
     spread,
+    write_bytes,
 )
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, SCALE_BITS
 
@@ -139,25 +131,7 @@ def unpack(words: Any, at: Any, bits: Any, blocks: Any, out: Any) -> None:
 
     Of raw codes, the low bytes; the high ones are what lies 8 words further.
     """
-    source, target = words.ctypes.data + 4 * at, out.ctypes.data
-    if bits == 4:
-        bytes_4(source, target, blocks)
-    elif bits == 3:
-        bytes_3(source, target, blocks)
-    elif bits == 5:
-        bytes_5(source, target, blocks)
-    elif bits == 2:
-        bytes_2(source, target, blocks)
-    elif bits == 6:
-        bytes_6(source, target, blocks)
-    elif bits == 8:
-        bytes_8(source, target, blocks)
-    elif bits == 7:
-        bytes_7(source, target, blocks)
-    elif bits == 1:
-        bytes_1(source, target, blocks)
-    else:
-        bytes_16(source, target, blocks)
+    write_bytes(bits, words.ctypes.data + 4 * at, out.ctypes.data, blocks)
 
 
 @jit

@@ -32,32 +32,11 @@ from mpfx.nn.kernels.cpu_lanes import (
     RECORD,
     STRIDE,
     TILE,
+    add_product,
+    add_products,
     finish,
-    product_1,
-    product_2,
-    product_3,
-    product_4,
-    product_5,
-    product_6,
-    product_7,
-    product_8,
-    products_1,
-    products_2,
-    products_3,
-    products_4,
-    products_5,
-    products_6,
-    products_7,
-    products_8,
     taken,
-    values_1,
-    values_2,
-    values_3,
-    values_4,
-    values_5,
-    values_6,
-    values_7,
-    values_8,
+    write_values,
 )
 from mpfx.nn.layout import RAW_BITS
 
@@ -210,50 +189,10 @@ def _add(sums: Any, y: Any) -> None:
 def _products(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any, count: Any) -> None:
     """Add the products of a segment's codes and all rows of activations to ``sums``, :data:`COUNT` rows at a time."""
     if count == 1:
-        _product(words, stride, bits, x, zeros, sums, groups)
+        add_product(bits, words, stride, x, zeros, sums, groups)
     else:
         for n in range(0, count, COUNT):
-            _products_together(words, stride, bits, x + 4 * RECORD * n, zeros, sums + 4 * STRIDE * n, groups)
-
-
-@inline
-def _product(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
-    if bits == 4:
-        product_4(words, stride, x, zeros, sums, groups)
-    elif bits == 3:
-        product_3(words, stride, x, zeros, sums, groups)
-    elif bits == 5:
-        product_5(words, stride, x, zeros, sums, groups)
-    elif bits == 2:
-        product_2(words, stride, x, zeros, sums, groups)
-    elif bits == 6:
-        product_6(words, stride, x, zeros, sums, groups)
-    elif bits == 8:
-        product_8(words, stride, x, zeros, sums, groups)
-    elif bits == 7:
-        product_7(words, stride, x, zeros, sums, groups)
-    else:
-        product_1(words, stride, x, zeros, sums, groups)
-
-
-@inline
-def _products_together(words: Any, stride: Any, bits: Any, x: Any, zeros: Any, sums: Any, groups: Any) -> None:
-    if bits == 4:
-        products_4(words, stride, x, zeros, sums, groups)
-    elif bits == 3:
-        products_3(words, stride, x, zeros, sums, groups)
-    elif bits == 5:
-        products_5(words, stride, x, zeros, sums, groups)
-    elif bits == 2:
-        products_2(words, stride, x, zeros, sums, groups)
-    elif bits == 6:
-        products_6(words, stride, x, zeros, sums, groups)
-    elif bits == 8:
-        products_8(words, stride, x, zeros, sums, groups)
-    elif bits == 7:
-        products_7(words, stride, x, zeros, sums, groups)
-    else:
-        products_1(words, stride, x, zeros, sums, groups)
+            add_products(bits, words, stride, x + 4 * RECORD * n, zeros, sums + 4 * STRIDE * n, groups)
 
 
 @jit
@@ -301,7 +240,7 @@ def _dequantize_tile(weight: Any, first: Any, stop: Any, out: Any, width: Any) -
             groups = max((count - row) // LANES, 1)
             if count - row < LANES:
                 words, stride = last_lanes(weight, tile, words, stride, bits, row, count)
-            _values(words, stride, bits, zeros + row, scales + 4 * row, part + 4 * row, 4 * width, groups)
+            write_values(bits, words, stride, zeros + row, scales + 4 * row, part + 4 * row, 4 * width, groups)
 
 
 @jit
@@ -315,23 +254,3 @@ def _raw_or_zero(weight: Any, tile: Any, segment: Any, first: Any, count: Any, o
     for channel in range(32):
         for r in range(count):
             out[channel * width + r] = raw_value(codes, stride // 4, channel, r)
-
-
-@inline
-def _values(words: Any, stride: Any, bits: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any) -> None:
-    if bits == 4:
-        values_4(words, stride, zeros, scales, out, step, groups)
-    elif bits == 3:
-        values_3(words, stride, zeros, scales, out, step, groups)
-    elif bits == 5:
-        values_5(words, stride, zeros, scales, out, step, groups)
-    elif bits == 2:
-        values_2(words, stride, zeros, scales, out, step, groups)
-    elif bits == 6:
-        values_6(words, stride, zeros, scales, out, step, groups)
-    elif bits == 8:
-        values_8(words, stride, zeros, scales, out, step, groups)
-    elif bits == 7:
-        values_7(words, stride, zeros, scales, out, step, groups)
-    else:
-        values_1(words, stride, zeros, scales, out, step, groups)

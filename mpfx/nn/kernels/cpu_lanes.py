@@ -5,7 +5,7 @@ instructions of its own for is chosen by the features that numba compiles for, w
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from mpfx.nn.layout import RAW_BITS
+from mpfx.nn.layout import RAW_BITS, WIDTHS
 from mpfx.nn.planes import PLANES
 from mpfx.nn.scales import FACTORS
 
@@ -169,7 +169,24 @@ def _of_addresses(emit: Callable[..., None], count: int) -> Any:
     return intrinsic(typed)
 
 
-def _products(bits: int, count: int) -> Any:
+def _by_width(emits: Mapping[int, Callable[..., None]], count: int) -> Any:
+    """What numba takes for a function of a width and so many int64, which does what is to be done for that width."""
+
+    def emit(builder: Any, bits: Any, *arguments: Any) -> None:
+        end = builder.append_basic_block()
+        switch = builder.switch(bits, end)
+        for width, of_width in emits.items():
+            block = builder.append_basic_block()
+            switch.add_case(_long(width), block)
+            builder.position_at_end(block)
+            of_width(builder, *arguments)
+            builder.branch(end)
+        builder.position_at_end(end)
+
+    return _of_addresses(emit, 1 + count)
+
+
+def _products(bits: int, count: int) -> Callable[..., None]:
     """``f(words, stride, x, zeros, sums, groups)``: codes of one segment less zero points, times activations.
 
     For ``groups`` of lanes from address ``words`` on (``stride`` bytes from word to word), adds to float32 ``sums``:
@@ -194,18 +211,17 @@ def _products(bits: int, count: int) -> Any:
                 part = builder.fmul(builder.sitofp(total, _FLOATS), units[n])
                 _store(builder, builder.fadd(_load(builder, place, _FLOATS), part), place)
 
-    return _of_addresses(emit, 6)
+    return emit
 
 
-product_1, product_2, product_3, product_4, product_5, product_6, product_7, product_8 = (
-    _products(bits, 1) for bits in range(1, 9)
-)
-products_1, products_2, products_3, products_4, products_5, products_6, products_7, products_8 = (
-    _products(bits, COUNT) for bits in range(1, 9)
-)
+add_product: Any = _by_width({bits: _products(bits, 1) for bits in WIDTHS}, 6)
+"""``add_product(bits, words, stride, x, zeros, sums, groups)``: of one row of activations, see :func:`_products`."""
+
+add_products: Any = _by_width({bits: _products(bits, COUNT) for bits in WIDTHS}, 6)
+"""The same of :data:`COUNT` rows of activations."""
 
 
-def _values(bits: int) -> Any:
+def _values(bits: int) -> Callable[..., None]:
     """``f(words, stride, zeros, scales, out, step, groups)``: weights of a segment, channels ``step`` bytes apart."""
 
     def emit(builder: Any, words: Any, stride: Any, zeros: Any, scales: Any, out: Any, step: Any, groups: Any) -> None:
@@ -218,10 +234,11 @@ def _values(bits: int) -> Any:
                     place = builder.add(out, builder.mul(step, _long(4 * quad + k)))
                     _store(builder, value, builder.add(place, start))
 
-    return _of_addresses(emit, 7)
+    return emit
 
 
-values_1, values_2, values_3, values_4, values_5, values_6, values_7, values_8 = (_values(b) for b in range(1, 9))
+write_values: Any = _by_width({bits: _values(bits) for bits in WIDTHS}, 7)
+"""``write_values(bits, words, stride, zeros, scales, out, step, groups)``, see :func:`_values`."""
 
 
 def _scales(builder: Any, codes: Any, rows: Any, bases: Any, out: Any, groups: Any) -> None:
@@ -258,7 +275,7 @@ finish: Any = _of_addresses(_finish, 4)
 """``finish(sums, scales, y, groups)``: adds sums times scales to ``y``, and sets the sums to zero."""
 
 
-def _bytes(bits: int) -> Any:
+def _bytes(bits: int) -> Callable[..., None]:
     """``f(words, out, blocks)``: blocks of 32 codes that lie one after another, as bytes."""
 
     def emit(builder: Any, words: Any, out: Any, blocks: Any) -> None:
@@ -273,7 +290,7 @@ def _bytes(bits: int) -> Any:
                 low, word = low + size, word + size
             _store(builder, code, builder.add(out, builder.mul(loop.index, _long(32))))
 
-    return _of_addresses(emit, 3)
+    return emit
 
 
 def _fields(builder: Any, words: Any, size: int) -> Any:
@@ -287,8 +304,8 @@ def _fields(builder: Any, words: Any, size: int) -> Any:
     return builder.and_(moved, ir.Constant(_EIGHT, [((1 << size) - 1) * 0x01010101] * 8))
 
 
-bytes_1, bytes_2, bytes_3, bytes_4, bytes_5, bytes_6, bytes_7, bytes_8 = (_bytes(bits) for bits in range(1, 9))
-bytes_16 = _bytes(RAW_BITS)
+write_bytes: Any = _by_width({bits: _bytes(bits) for bits in (*WIDTHS, RAW_BITS)}, 3)
+"""``write_bytes(bits, words, out, blocks)``, see :func:`_bytes`; of raw codes, the low bytes."""
 
 
 def _shifted(_: Any, word: Any, bits: Any) -> Any:

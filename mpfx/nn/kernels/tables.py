@@ -1,11 +1,16 @@
-"""Where a kernel finds the parts of every segment: tables that follow from a layout alone."""
+"""Where a kernel finds the parts of every segment: tables that follow from a layout, or from a mask."""
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, SCALE_BITS, Layout, words
+
+T = TypeVar("T")
 
 
 def encoded(widths: tuple[int, ...]) -> str:
@@ -41,3 +46,23 @@ def segment_table(layout: Layout, rows: int, device: torch.device) -> Tensor:
 def scale_words(rows: int) -> int:
     """Words that hold the coded scales of one grid."""
     return words(rows, SCALE_BITS)
+
+
+class OfMask(Generic[T]):
+    """What follows from masks: found once a mask, as long as it lives, and again when it has been written to."""
+
+    def __init__(self) -> None:
+        self._known = WeakIdKeyDictionary()
+
+    def __call__(self, mask: Tensor, find: Callable[[], T]) -> T:
+        """What is known of a mask; else, what ``find`` finds."""
+        known = self._known.get(mask)
+        if known is None or known[0] != mask_version(mask):
+            known = self._known[mask] = (mask_version(mask), find())
+        found: T = known[1]
+        return found
+
+
+def mask_version(mask: Tensor | None) -> int:
+    """Changes when a checkpoint is loaded into a mask."""
+    return -1 if mask is None or mask.is_inference() else mask._version

@@ -106,4 +106,8 @@ def _most_rows(x: Tensor, weight: PackedWeight) -> int:
 
 
 def _order(permutation: Tensor | None) -> Tensor | None:
-    return permutation if permutation is None or permutation.dtype == torch.uint16 else permutation.to(torch.int32)
+    """The channel order as kernels read it: in words, two entries of 16 bits at a time."""
+    if permutation is None:
+        return None
+    order = permutation if permutation.dtype == torch.uint16 else permutation.to(torch.int32)
+    return order if order.data_ptr() % 4 == 0 else order.clone()  # an expert's, of an odd number of channels

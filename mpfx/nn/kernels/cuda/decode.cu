@@ -715,5 +715,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         at = at == (STAGES - 1) * a.stage_bytes ? 0 : at + a.stage_bytes;
     }
     wait_for_all_but<0>();
+    __syncwarp();  // all lanes have read the last unit, whose place the results take
     finish(a, l, warp, room.largest, result, rooms, stride);
 }

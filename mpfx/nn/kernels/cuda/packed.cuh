@@ -2,7 +2,7 @@
 //
 // Set by whoever compiles: DTYPE of the activations (0 bfloat16, 1 float16, 2 float32); IN, channels; CODED, whether
 // scales are; ZEROS, whether there are zero points; MASKED, whether there is a bitmask; ALIGNED, whether rows come in
-// fours; LAST, which bits of the last segment's mask stand for channels.
+// fours, and codes and mask start where 16 bytes do; LAST, which bits of the last segment's mask stand for channels.
 
 typedef unsigned int u32;
 typedef unsigned short u16;

@@ -19,6 +19,9 @@ _THREADS, _ARRANGERS = 384, 512  # as in tile.cu
 _STEP_BYTES = 128  # of a row of activations
 _ROW_BYTES, _TAIL_BYTES, _RESULT_BYTES = 576, 384 + 2048, 528  # as in tile.cu
 _RING_BYTES = 208 << 10
+_SHARED_BYTES = (227 << 10) - 256  # that a block can have, without what the kernel declares itself
+_ALIGN_BYTES, _UNIT_BYTES = 1024, 40  # as in tile.cu: before the ring; of a step
+_MOST_BLOCKS = 65535  # of a launch along y
 _TOKENS = (16, 32, 64, 128, 176, 256)
 _MOST_SPLITS = 8
 _LEAST_TOKENS = 112  # fewer do not make a block any faster: it has to unpack the weight all the same
@@ -79,7 +82,7 @@ class Tile:
             address(x), address(order), address(arranged), weight_argument(weight), address(units), address(bias),
             address(out), len(x), layout.in_features,
         )  # fmt: skip
-        stage, stages = _stages(self.tokens, _word_rows(layout))
+        stage, stages = _stages(self.tokens, _word_rows(layout), steps)
         macros = (
             *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0), ("LAST", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
@@ -87,7 +90,7 @@ class Tile:
         )  # fmt: skip
         arrange = kernel("tile.cu", "arrange", macros, x.device.index)
         arrange(Launch((tiles * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), Arguments(*parts, all_steps))
-        shared = 1024 + stages * stage + 40 * steps
+        shared = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * steps
         grid = (self.splits, tiles * -(-rows // _ROWS))
         run = kernel("tile.cu", "tile", macros, x.device.index)
         run(Launch(grid, _THREADS, shared, self.splits, early=True), Arguments(*parts, steps))
@@ -105,13 +108,16 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
 def _tiles_for(count: int, row_tiles: int, layout: Layout, device: torch.device) -> tuple[Tile, ...]:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     found: dict[Tile, float] = {}
+    if 2 * layout.in_features > _SHARED_BYTES:  # a row of activations is put in order there
+        return ()
     for tokens in _TOKENS:
         blocks = row_tiles * -(-count // tokens)
         splits = 1
         while splits < _MOST_SPLITS and 2 * splits * blocks <= processors:
             splits *= 2
-        stage, stages = _stages(tokens, _word_rows(layout))
-        if stages * stage >= tokens * _RESULT_BYTES and (tokens <= count or tokens == _TOKENS[0]):
+        stage, stages = _stages(tokens, _word_rows(layout), _steps(layout, splits))
+        fits = stages * stage >= tokens * _RESULT_BYTES and blocks <= _MOST_BLOCKS
+        if fits and (tokens <= count or tokens == _TOKENS[0]):
             waves = -(-blocks * splits // processors)
             found[Tile(tokens, splits)] = waves * max(tokens, _LEAST_TOKENS) / splits
     return tuple(sorted(found, key=lambda tile: found[tile]))[:3]
@@ -125,10 +131,11 @@ def _word_rows(layout: Layout) -> int:
     return next(rows for rows in (12, 16, 32) if most <= rows)
 
 
-def _stages(tokens: int, word_rows: int) -> tuple[int, int]:
-    """Bytes of a stage, and stages of the ring."""
+def _stages(tokens: int, word_rows: int, steps: int) -> tuple[int, int]:
+    """Bytes of a stage, and stages of the ring: as many as there is room for beside what a block keeps of its steps."""
     stage = tokens * _STEP_BYTES + (word_rows * _ROW_BYTES + _TAIL_BYTES + 1023) // 1024 * 1024
-    return stage, min(8, _RING_BYTES // stage)
+    ring = min(_RING_BYTES, _SHARED_BYTES - _ALIGN_BYTES - _UNIT_BYTES * steps)
+    return stage, min(8, ring // stage)
 
 
 def _steps(layout: Layout, splits: int) -> int:

@@ -2,12 +2,12 @@
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from mpfx.nn.kernels.tables import scale_words, segment_table
+from mpfx.nn.kernels.tables import OfMask, scale_words, segment_table
 from mpfx.nn.layout import LEFT_OUT, Layout, words
 from mpfx.nn.packing import PackedWeight, survivors
 from mpfx.nn.planes import last_word
@@ -45,14 +45,15 @@ def address(tensor: Tensor | None) -> int:
 
 def weight_macros(x: Tensor, weight: PackedWeight) -> tuple[tuple[str, int], ...]:
     """What ``packed.cuh`` has to know when it is compiled."""
-    layout = weight.layout
+    layout, parts = weight.layout, [part for part in (weight.codes, weight.mask) if part is not None]
+    aligned = weight.out_features % 4 == 0 and all(part.data_ptr() % 16 == 0 for part in parts)
     return (
         ("DTYPE", DTYPES[x.dtype]),
         ("IN", layout.in_features),
         ("CODED", int(isinstance(weight.scales, CodedScales))),
         ("ZEROS", int(weight.zeros is not None)),
         ("MASKED", int(weight.mask is not None)),
-        ("ALIGNED", int(weight.out_features % 4 == 0 and weight.codes.data_ptr() % 16 == 0)),
+        ("ALIGNED", int(aligned)),
         ("LAST", last_word(layout.in_features)),
     )
 
@@ -90,7 +91,7 @@ class Masked:
     streams: tuple[int, ...]
 
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as it lives: its version, where its codes are
+_masked = OfMask[Masked]()
 
 
 def masked(weight: PackedWeight) -> Masked:
@@ -99,22 +100,16 @@ def masked(weight: PackedWeight) -> Masked:
     Raises:
         RuntimeError: if they would have to be counted while a CUDA graph is captured.
     """
-    mask = weight.mask
-    assert mask is not None
-    version = -1 if mask.is_inference() else mask._version  # changes when a checkpoint is loaded into the mask
-    known = _known.get(mask)
-    if known is None or known[0] != version:
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "The survivors of a bitmask cannot be counted while a CUDA graph is captured. Run the layer once before"
-                " the capture, as CUDA graphs ask for anyway."
-            )
-        known = _known[mask] = (version, _count(mask, weight.layout))
-    found: Masked = known[1]
-    return found
+    assert weight.mask is not None
+    return _masked(weight.mask, partial(_count, weight.mask, weight.layout))
 
 
 def _count(mask: Tensor, layout: Layout) -> Masked:
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "The survivors of a bitmask cannot be counted while a CUDA graph is captured. Run the layer once before"
+            " the capture, as CUDA graphs ask for anyway."
+        )
     segments, rows = mask.shape
     tiles = -(-rows // ROWS)
     counts = torch.zeros(segments, tiles * ROWS, dtype=torch.int32, device=mask.device)

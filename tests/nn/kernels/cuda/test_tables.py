@@ -1,14 +1,17 @@
 """What the CUDA kernels get from the host: tables, and files that are kept."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mpfx.nn import Layout, pack
+from mpfx.nn import Layout, PackedWeight, pack
+from mpfx.nn.kernels.cuda import _order, tile
 from mpfx.nn.kernels.cuda.decode import unit_table
 from mpfx.nn.kernels.cuda.kept import kept_bytes
-from mpfx.nn.kernels.cuda.weights import masked, segments_of
+from mpfx.nn.kernels.cuda.nvrtc import Launch
+from mpfx.nn.kernels.cuda.weights import masked, segments_of, weight_macros
 from tests.nn.test_packing import random_weight
 
 CPU = torch.device("cpu")
@@ -23,7 +26,8 @@ def test_units_share_all_segments_out(workers: int) -> None:
     found: list[int] = []
     for share in table.tolist():
         bits = [unit[0] & 255 for unit in share]
-        assert 0 not in bits[: bits.count(0) and bits.index(0)]  # what is unused is at the end
+        used = [b for b in bits if b]
+        assert bits[: len(used)] == used  # what is unused is at the end
         for first, second, word, zero in share:
             if not first & 255:
                 continue
@@ -65,6 +69,58 @@ def test_bits_of_a_mask_beyond_the_last_channel_are_not_counted() -> None:
     expected = masked(weight).starts.clone()
     weight.mask[-1] |= -1 << (500 % 32)
     assert torch.equal(masked(weight).starts, expected)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("channels", [4096, 28672, 29568, 53248, 100_000])
+def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """227 KiB less the barriers of eight stages; cuts for many rows, whose blocks have all the channels."""
+    launches: list[Launch] = []
+    monkeypatch.setattr(tile, "kernel", lambda *_: lambda launch, arguments: launches.append(launch))
+    segments = -(-channels // 32)
+    layout = Layout(channels, ((6, 5, 4, 3) * segments)[:segments], 32)
+    weight, x = pack(random_weight(layout, 4, coded=True)), torch.empty(512, channels, dtype=torch.bfloat16)
+    cuts = tile._tiles_for.__wrapped__(512, 64, layout, CPU)
+    assert {cut.splits for cut in cuts} == {1}
+    for cut in cuts:
+        cut.multiply(x, weight, None, None, torch.empty(512, 4, dtype=torch.bfloat16))
+    assert len(launches) == 2 * len(cuts) > 0
+    assert max(launch.shared for launch in launches) <= (227 << 10) - 3 * 8 * 8
+    assert not tile._tiles_for.__wrapped__(512, 64, Layout(1 << 17, (4,) * (1 << 12), 32), CPU)  # a row is 256 KiB
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("count", [1 << 12, 1 << 17, 1 << 20])
+def test_a_launch_has_no_more_blocks_than_there_can_be(count: int) -> None:
+    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), CPU)
+    assert bool(cuts) == (count < 1 << 20)
+    assert all(112 * -(-count // cut.tokens) < 1 << 16 for cut in cuts)
+
+
+def test_orders_start_where_words_do() -> None:
+    orders = torch.stack([torch.randperm(33).to(torch.uint16) for _ in range(3)])
+    for order in orders:
+        found = _order(order)
+        assert found is not None
+        assert found.data_ptr() % 4 == 0
+        assert torch.equal(found.int(), order.int())
+    assert _order(orders[0]).data_ptr() == orders.data_ptr()  # type: ignore[union-attr]
+    assert _order(None) is None
+
+
+@pytest.mark.parametrize("moved", ["codes", "mask"])
+def test_what_is_not_aligned_is_said_to_be_so(moved: str) -> None:
+    weight = pack(random_weight(LAYOUT, 72, density=0.5, coded=True))
+    part = weight.parts[moved]
+    assert part is not None
+    room = torch.empty(part.numel() + 1, dtype=torch.int32)[1:].view(part.shape)
+    other = PackedWeight.of({**weight.parts, moved: room.copy_(part)}, LAYOUT)
+    assert [dict(weight_macros(torch.empty(1, 500), w))["ALIGNED"] for w in (weight, other)] == [1, 0]
 
 
 def test_what_is_kept_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
