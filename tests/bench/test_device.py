@@ -48,8 +48,8 @@ def test_the_cache_is_the_sum_of_the_last_level(tmp_path: Path) -> None:
                 (cache / name).write_text(text + "\n")
     assert _cpu_cache(tmp_path) == 2 << 20
     assert _cpu_cache(tmp_path / "nowhere") == 0
-    for size in tmp_path.glob("cpu*/cache/index1/size"):  # of the L3: not told by every processor
-        size.unlink()
+    for file in tmp_path.glob("cpu*/cache/index1/size"):  # of the L3: not told by every processor
+        file.unlink()
     assert _cpu_cache(tmp_path) == 4 * 48 << 10
     assert last_level_cache(CPU) >= 1 << 18
 

@@ -29,6 +29,7 @@ from tests.hub.models import (
     edit_weights,
     full,
     own,
+    pack_linears,
     packed_linear,
     refused,
     without,
@@ -381,9 +382,9 @@ def test_a_config_of_other_sizes_is_refused(packed: Any, tmp_path: Path) -> None
     ],
 )
 def test_a_config_of_hostile_sizes_allocates_nothing(
-    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], message: str
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], message: str
 ) -> None:
-    mpfx.save(packed, tmp_path)
+    mpfx.save(pack_linears(llama), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
     monkeypatch.setattr(loading, "_skeleton", lambda *_: pytest.fail("built"))
