@@ -196,8 +196,9 @@ class Session:
         gm = trace(model, (), model_inputs(model, batches[0]))
         values = (bind_inputs(gm, (), model_inputs(model, batch)) for batch in batches)
         perplexity = Perplexity().to(self.ranks.device)
-        for batch, output in zip(batches, runner.outputs(gm, values), strict=True):
-            perplexity.update(*scored(output, batch))
+        with self.ranks.together():
+            for batch, output in zip(batches, runner.outputs(gm, values), strict=True):
+                perplexity.update(*scored(output, batch))
         return float(perplexity.compute())
 
     def loop(self, callback: ModelCalibration) -> None:
