@@ -1,8 +1,8 @@
 """The callback under real Trainers."""
 
 import copy
-import gc
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +16,7 @@ from mpfx.callbacks import ModelCompression
 from mpfx.lm import CausalLM, losses_of, make_trainer, quiet_lightning
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.passes import CompressionConfig, PassError
+from mpfx.stats import MomentAccumulator, Moments
 
 Batches = list[dict[str, Tensor]]
 Validate = Callable[..., None]
@@ -236,26 +237,26 @@ def test_an_empty_loader_is_an_error(llama: Any, validate: Validate) -> None:
 def test_no_hessian_outlives_the_allocation(llama: Any, batches: Batches, validate: Validate) -> None:
     from mpfx.passes import solve as room
 
+    made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
-    original = room.solve_group
+    finalise, solve_group = MomentAccumulator.finalise, room.solve_group
 
-    def squares() -> int:
-        gc.collect()
-        square = [o for o in gc.get_objects() if type(o) is Tensor and o.dtype == torch.float32 and o.dim() == 2]
-        return sum(t.shape[0] == t.shape[1] and t.shape[0] in (64, 160) for t in square)
-
-    before = squares()
+    def finalised(accumulator: MomentAccumulator) -> Moments:
+        moments = finalise(accumulator)
+        made.append(weakref.ref(moments.hessian))
+        return moments
 
     def spy(*args: Any) -> Any:
-        alive.append(squares() - before)
-        return original(*args)
+        alive.append(sum(hessian() is not None for hessian in made))
+        return solve_group(*args)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MomentAccumulator, "finalise", finalised)
         patch.setattr(room, "solve_group", spy)
         config = CompressionConfig(code_bits=4, allocation="quantile")
         validate(CausalLM(llama), batches, ModelCompression(config, module="model"))
-    assert len(alive) == 12
-    assert max(alive) <= 4 + 2 + 12  # of this block: sums and a Hessian; and what is square among saved weights
+    assert len(made) == 24  # of the dense model, then of the compressed one
+    assert alive == [1] * 12
 
 
 def test_validation_inside_of_fit_is_left_alone() -> None:
