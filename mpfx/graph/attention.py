@@ -41,7 +41,7 @@ def _is_causal(mask: Tensor, queries: int, keys: int) -> bool:
     if mask.is_meta or mask.dtype != torch.bool or queries != keys or mask.shape[-2:] != (queries, keys):
         return False
     known = getattr(mask, _KNOWN, None)
-    if known is None or known[0] != _version(mask):
+    if known is None or known[0] != _version(mask) or mask.is_inference():  # writes to these are not counted
         of_one = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride()[:-2])]
         causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
         known = (_version(mask), bool((of_one == causal).all()))

@@ -8,6 +8,11 @@
 // one of their vector, of three bytes (four, if they are float32): the right operand, a column each. So products are
 // exact, and the zero point is taken off once a unit, by way of the sum of its activations.
 //
+// Under a mask a unit is copied as it lies in memory: a word of the mask for every row, and the words that hold the
+// survivors of its rows. These become bytes in shared memory, one after the other; a lane picks its own from there, by a
+// table of what eight bits of a mask select. What is pruned becomes 0, so the zero point is taken off by way of the sum of
+// those activations whose weights are kept: products of the mask itself.
+//
 // Several weights that the same activations meet, in the same order, are multiplied by one launch: its blocks are shared
 // out among these sites.
 //
@@ -43,11 +48,11 @@ constexpr int TAIL = 64;  // bytes behind the codes of a stage: 8 words of zero 
 constexpr int MASK_BYTES = 128;  // of a segment, before its survivors' words
 constexpr int ROOM_BYTES = 256 + 2 * SURVIVOR_BYTES;
 constexpr int TABLE_BYTES = 32 << 10;  // `selectors` of any eight bits, once for each lane: so no two want the same bank
-constexpr int STEP = 8, ROWS = 1;  // rows g, g + 8, g + 16, g + 24: lanes read what lies close together
+constexpr int BETWEEN_ROWS = 8, BETWEEN_LANES = 1;  // rows g, g + 8, ...: lanes read what lies close together
 #else
 constexpr int ROOM_BYTES = 256;
 constexpr int TABLE_BYTES = 0;
-constexpr int STEP = 1, ROWS = 4;  // rows 4g .. 4g+3: what a lane reads is one piece
+constexpr int BETWEEN_ROWS = 1, BETWEEN_LANES = 4;  // rows 4g .. 4g+3: what a lane reads is one piece
 #endif
 
 // ---------------------------------------------------------------------------------------------------- small parts
@@ -149,7 +154,7 @@ struct Room {
 };
 
 // The j-th row of a lane.
-__device__ __forceinline__ int row_of(int g, int j) { return g * ROWS + j * STEP; }
+__device__ __forceinline__ int row_of(int g, int j) { return g * BETWEEN_LANES + j * BETWEEN_ROWS; }
 
 // ---------------------------------------------------------------------------------------------------- activations
 
@@ -517,7 +522,7 @@ __device__ __forceinline__ void process(const Site& a, const Unit& u, const Plan
 #pragma unroll
     for (int s = 0; s < (BITS == 16 ? 1 : SEGMENTS); s++) {
         Codes c[2], kept;
-        masked_codes<BITS, STEP>(mask[s], start[s], l.g, l.t, selectors_of, c, kept);
+        masked_codes<BITS, BETWEEN_ROWS>(mask[s], start[s], l.g, l.t, selectors_of, c, kept);
         if constexpr (BITS == 16) add_raw(c[0], c[1], x(0), l, result);
         else {
             multiply_codes(d, c[0], x(s), l);

@@ -206,7 +206,7 @@ def _room(
     limit = int(properties.shared_memory_per_block_optin) - 1024  # what the kernel declares itself
     columns, segments = count * (4 if dtype == torch.float32 else 3), len(layout.widths) + 1
     _, most = unit_table(layout, ROWS, cut.cluster * cut.warps, True, True, None, torch.device("cpu"))
-    ring = min(cut.stages, most) * _stage_bytes(layout, mask) + (32 if mask else 16) * most
+    ring = min(cut.stages, most) * _stage_bytes(layout, mask) + (32 if mask else 16) * most  # `Planned`
     own = max(ring + 256 + _MASKED_ROOM * mask, 128 * columns)  # of a warp
     shared = _TABLE_BYTES * mask + 128 + segments * columns * SEGMENT + _even(4 * segments * columns)
     shared += cut.groups * cut.warps * own
