@@ -40,14 +40,16 @@ def _is_causal(mask: Tensor, queries: int, keys: int) -> bool:
     """Whether every query may see itself and what is before it, and nothing else; looked at once for a mask."""
     if mask.is_meta or mask.dtype != torch.bool or queries != keys or mask.shape[-2:] != (queries, keys):
         return False
+    if mask.is_inference():  # nobody counts what is written to these
+        return _looks_causal(mask)
     known = getattr(mask, _KNOWN, None)
-    if known is None or known[0] != _version(mask) or mask.is_inference():  # writes to these are not counted
-        of_one = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride()[:-2])]
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-        known = (_version(mask), bool((of_one == causal).all()))
+    if known is None or known[0] != mask._version:
+        known = (mask._version, _looks_causal(mask))
         setattr(mask, _KNOWN, known)
     return known[1]
 
 
-def _version(mask: Tensor) -> int:
-    return -1 if mask.is_inference() else mask._version
+def _looks_causal(mask: Tensor) -> bool:
+    of_one = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride()[:-2])]
+    causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    return bool((of_one == causal).all())

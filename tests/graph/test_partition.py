@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpfx.graph import bind_inputs, blocks, dead_ends, last_readers, run_block, sites, trace
+from mpfx.graph.attention import attention
 
 
 def test_llama_blocks(family: Any) -> None:
@@ -173,3 +174,9 @@ def test_a_part_that_is_called_whole_is_solved_child_by_child() -> None:
         ("layers.2.0", "layers.2.2"),
         ("head",),
     )
+
+
+def test_attention_in_blocks_looks_at_its_mask(family: Any) -> None:
+    model, sample = family("llama")
+    layer = blocks(trace(model, (), sample(2, 5)))[1].module
+    assert [node.target for node in layer.graph.nodes].count(attention) == 1
