@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import types
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, parts: Parts, device: torch.device, log: CallLog) -> None:
         super().__init__()
-        self.env = SizeEnv(self._refuse, self._size_fixed, self._image_costly, self._place)
+        self.env = SizeEnv(
+            _weakly(self._refuse), _weakly(self._size_fixed), _weakly(self._image_costly), _weakly(self._place)
+        )
         self.mode = fake_mode(self.env)
         self.builder = GraphBuilder(root, self.mode, device)
         self.forms: LearnedForms | None = None
@@ -365,6 +368,21 @@ class _Writes:
 
     def info(self) -> NodeInfo:
         return NodeInfo(mutates=self.storages, version=self._before[0][1] if self._before else 0)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that does not keep its object alive.
+
+    Symbolic sizes of fake tensors hold the environment that they come from, out of sight of the garbage collector: what
+    that held would never be freed, and a recorder holds the model.
+    """
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        listener = found()
+        return "" if listener is None else listener(*args)  # of questions after the recording nobody has to be told
+
+    return call
 
 
 def _refuse(func: Callable[..., Any], name: str) -> None:

@@ -118,6 +118,13 @@ def fit_coded_grid(weight: Tensor, bits: int, config: GridConfig, base: Tensor) 
     finer = torch.arange(tried(config), device=weight.device)
     codes = (covering[:, None] + finer).clamp_(max=len(FACTORS) - 1).int()  # (rows, candidates)
     scales = scale_values(base[:, None], codes, [bits] * len(finer))
-    errors = torch.stack([rounding_error(weight, Grid(scale, zero, bits)) for scale in scales.t()], 1)
+    errors = _errors(weight, scales.t(), zero, bits).t()
     best = errors.argmin(1, keepdim=True)  # the coarsest among equals
     return Grid(scales.gather(1, best)[:, 0], zero, bits), codes.gather(1, best)[:, 0]
+
+
+def _errors(weight: Tensor, scales: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """What the clip search compares, ``(candidates, rows)``, of scales likewise."""
+    if weight.is_cuda:  # as few launches as may be: they take longer than what they do
+        return rounding_error(weight, Grid(scales[:, None], zero, bits))
+    return torch.stack([rounding_error(weight, Grid(scale, zero, bits)) for scale in scales])

@@ -136,10 +136,10 @@ def nearest(weight: Tensor, grid: Grid | None) -> tuple[Tensor, Tensor]:
 
 
 def rounding_error(weight: Tensor, grid: Grid) -> Tensor:
-    """What the clip search minimises, ``(rows,)``."""
+    """What the clip search minimises, ``(..., rows)``, of scales ``(..., 1, rows)`` or ``(rows,)``."""
     # As quantize and dequantize, without the way to the codes' zero point and back: whole numbers are exact.
     steps = (weight / grid.scale).round_().clamp_(-grid.zero, ((1 << grid.bits) - 1) - grid.zero)
-    return steps.mul_(grid.scale).sub_(weight).abs_().pow_(_ERROR_POWER).sum(0)
+    return steps.mul_(grid.scale).sub_(weight).abs_().pow_(_ERROR_POWER).sum(-2)
 
 
 def as_float16(scale: Tensor, what: str = "quantization step") -> Tensor:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -40,6 +42,16 @@ def test_model_without_attention_mask(name: str, family: Any, run_in_blocks: Any
         assert torch.equal(run_in_blocks(gm, other)["logits"], model(other).logits)
     with pytest.raises(ValueError, match="attention_mask"):
         gm(**sample(2, 7))
+
+
+def test_a_traced_model_is_freed_with_its_graph(family: Any) -> None:
+    model, sample = family("llama")
+    gm = trace(model, (), sample(2, 5))
+    assert blocks(gm)
+    gone = weakref.ref(model)
+    del model, gm
+    gc.collect()  # graphs have cycles
+    assert gone() is None
 
 
 def test_output_holds_tensors_only(family: Any) -> None:

@@ -51,3 +51,13 @@ def test_what_is_pruned_is_zero_and_does_not_widen_the_grid() -> None:
     rounded = round_nearest(outliers, layout, config, pruned)
     assert not rounded[pruned].any()
     assert torch.equal(rounded, round_nearest(weight.masked_fill(pruned, 0.0), layout, config, pruned))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_on_a_gpu_the_same(symmetric: bool) -> None:
+    """There all candidates of the clip search are compared at once."""
+    weight = torch.randn(48, 160, generator=torch.Generator().manual_seed(0))
+    layout, config = Layout(160, (3, 4, 4, 8, 1), 64), GridConfig(symmetric=symmetric)
+    there = round_nearest(weight.cuda(), layout, config).cpu()
+    torch.testing.assert_close(there, round_nearest(weight, layout, config), rtol=1e-6, atol=1e-7)
