@@ -12,8 +12,8 @@ from torchmetrics.text.perplexity import Perplexity as _Perplexity
 IGNORE = -100
 """Target that is not scored: the convention of PyTorch and transformers."""
 
-_CHUNK_ELEMENTS = 2**22
-"""Logits that are normalised at a time: 16 MiB as float32."""
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_CUDA = 2**22, 2**24
+"""Logits that are normalised at a time: 16 MiB as float32, and four times as many where launches take longer."""
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
     The softmax is never formed: a log-softmax of (at least) float32 logits keeps tokens whose probability
     underflows. Chunks of rows are normalised one after another, so that the extra memory is a constant
-    16 MiB (or one position, if that is larger) and never a copy of all logits.
+    16 MiB, 64 on a CUDA device (or one position, if that is larger), and never a copy of all logits.
 
     Args:
         logits: ``(batch, tokens, vocabulary)``, unnormalised, of any floating dtype.
@@ -44,16 +44,13 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
             f"but got {tuple(logits.shape)} and {tuple(targets.shape)}."
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
-    positions = max(1, _CHUNK_ELEMENTS // logits.shape[2])
-    for row, (row_logits, row_targets) in enumerate(zip(logits, targets, strict=True)):
-        for start in range(0, len(row_targets), positions):
-            chunk = slice(start, start + positions)
-            loss = F.cross_entropy(
-                row_logits[chunk].to(dtype), row_targets[chunk], reduction="none", ignore_index=IGNORE
-            )
-            log_probs[row, chunk] = -loss  # one index: the loss stays differentiable
-    return log_probs
+    size = _CHUNK_ELEMENTS_CUDA if logits.is_cuda else _CHUNK_ELEMENTS
+    positions, found = max(1, size // logits.shape[2]), [torch.zeros(0, dtype=dtype, device=logits.device)]
+    for row_logits, row_targets in zip(logits, targets, strict=True):
+        # Split, not sliced: the gradient of every slice would be as large as that of the row.
+        for chunk, wanted in zip(row_logits.split(positions), row_targets.split(positions), strict=True):
+            found.append(-F.cross_entropy(chunk.to(dtype), wanted, reduction="none", ignore_index=IGNORE))
+    return torch.cat(found).view(targets.shape)
 
 
 class Perplexity(_Perplexity):

@@ -370,12 +370,16 @@ def finalised(
     for group in groups:
         stacks[group.sites[0].stack or group.name].append(group)
     for members in stacks.values():
-        seen = [accumulators[group.name] for group in members if group.name in accumulators]
-        pool = pooled(seen).finalise() if seen and members[0].sites[0].stack is not None else None
+        pool = _pool([accumulators[group.name] for group in members if group.name in accumulators], members)
         for group in members:
             with naming_sites(group):
                 moments, note = _taken(accumulators.pop(group.name, None), pool, group.sites[0].in_features)
             yield group, moments, note
+
+
+def _pool(seen: Sequence[MomentAccumulator], members: Sequence[InputGroup]) -> Moments | None:
+    """What all experts of a stack saw; None: these are no experts, or nothing was seen."""
+    return pooled(seen).finalise() if seen and members[0].sites[0].stack is not None else None
 
 
 def _taken(

@@ -110,7 +110,11 @@ def _upper_of_inverse(hessian: Tensor, ridge: float, invert: Callable[[Tensor], 
     with _one_thread():
         lower, info = torch.linalg.cholesky_ex(flipped)
     del flipped  # large
-    return None if int(info) else invert(lower).flip(0, 1)
+    if int(info):
+        return None
+    upper = invert(lower).flip(0, 1)
+    del lower
+    return upper.contiguous()  # columns first, as the factor is handed over, whereas sweeps read rows
 
 
 def _inverted(lower: Tensor) -> Tensor:
