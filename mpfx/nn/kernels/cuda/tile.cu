@@ -4,8 +4,8 @@
 // `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
-// `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and one of the blocks of its cluster a share of the
-// channels. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero
+// `tile`: a block has 128 rows of the weight and TOKENS rows of activations, of which the blocks of a cluster share the
+// channels. One launch may have the first rows of the weight and another one, with other clusters, the rest. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero
 // points, scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32
 // rows 32w ... of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows:
 // 4g + 2m and 4g + 2m + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the weight in an order of
@@ -32,13 +32,14 @@ constexpr int RESULT_ROW = 132;  // floats that lie between the results of two r
 struct Args {
     const void* x;      // (tokens, channels)
     const void* order;
-    void* arranged;     // (tiles of activations, steps of a cluster, X_BYTES)
+    void* arranged;     // (tiles of activations, steps, X_BYTES)
     Weight w;
     const int4* units;  // (2 steps,): bits, first word row, grid, zero points of every segment; beyond the last one, zeros
     const void* bias;
     void* out;          // (tokens, rows)
     int tokens, channels;
-    int steps;          // of a block; of `arrange`: of all blocks of a cluster
+    int steps;          // of all channels: what the blocks of a cluster share
+    int first, tiles;   // of this launch: the first tile of rows of the weight, and how many
 };
 
 // ---------------------------------------------------------------------------------------------------- activations
@@ -326,6 +327,7 @@ struct Room {
     char* ring;      // STAGES times: a tile of activations, words, zero points and scales
     int4* units;     // of every segment: bits, first word row, grid, zero points
     float* scales;   // of every segment: what all rows have of the step
+    int steps;       // of this block, which all of these are of
     u32 full, ready, empty;  // barriers of every stage: it is copied; its grids are known; it may be written again
 };
 
@@ -347,11 +349,13 @@ __device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, i
     if (lane < 4 * tiles) copy4(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
 }
 
-// One of the warps that copy: steps `first`, `first` + COPIERS ...
+// One of the warps that copy: steps `first`, `first` + COPIERS ... What `arrange` writes is there when it has come to its end:
+// the first launch waits for that, and only then lets the next one start, which need not wait for the first one's products.
+// But it waits for them before it ends, so that whatever comes after the last launch finds all products.
 __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int tile, const char* x, int first, int lane) {
-    bool waited = false;
+    bool arranged = false;
 #pragma unroll 1
-    for (int k = first; k < a.steps; k += COPIERS) {
+    for (int k = first; k < room.steps; k += COPIERS) {
         const int stage = k % STAGES;
         const u32 full = room.full + stage * 8, to = address(room.ring + stage * STAGE_BYTES), tail = to + TAIL_AT;
         if (k >= STAGES) wait(room.empty + stage * 8, (k / STAGES - 1) & 1);
@@ -359,12 +363,17 @@ __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int t
         fetch_segment(a, even, tile, to + X_BYTES, tail, lane);
         fetch_segment(a, odd, tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
         arrive_when_copied(full);
-        if (!waited) wait_for_last(), waited = true;
+        if (!arranged) {
+            if (a.first == 0) wait_for_last();
+            let_next_start();
+            arranged = true;
+        }
         if (lane == 0) {
             arrive_with(full, X_BYTES);
             copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
         }
     }
+    wait_for_last();
 }
 
 // One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ...
@@ -376,7 +385,7 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int
         scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
     }
 #pragma unroll 1
-    for (int k = first; k < a.steps; k += PREPARERS) {
+    for (int k = first; k < room.steps; k += PREPARERS) {
         char* stage = room.ring + k % STAGES * STAGE_BYTES;
         wait(room.full + k % STAGES * 8, k / STAGES & 1);
 #pragma unroll
@@ -406,13 +415,13 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
-__device__ __forceinline__ void multiply_all(const Args& a, const Room& room, const Lane& l, float (&d)[TOKENS / 2]) {
+__device__ __forceinline__ void multiply_all(const Room& room, const Lane& l, float (&d)[TOKENS / 2]) {
     Operand even, odd;
     const bool speaks = threadIdx.x % 32 == 0;
     const int row = l.warp * 32 + l.row;
     settle(d);
 #pragma unroll 1
-    for (int k = 0; k < a.steps; k++) {
+    for (int k = 0; k < room.steps; k++) {
         const int stage = k % STAGES, first = room.units[2 * k].x, second = room.units[2 * k + 1].x;
         const char* at = room.ring + stage * STAGE_BYTES;
         const char* words = at + X_BYTES + row * 4;
@@ -442,14 +451,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
     const int splits = cluster_size(), rank = cluster_rank();
-    const int tiles = (a.w.rows + 127) / 128, tile = blockIdx.y % tiles, tokens = blockIdx.y / tiles * TOKENS;
+    const int tile = a.first + blockIdx.y % a.tiles, tokens = blockIdx.y / a.tiles * TOKENS;
+    const int first = a.steps * rank / splits;  // step of this block
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
+    room.steps = a.steps * (rank + 1) / splits - first;
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
-    room.scales = (float*)(room.units + 2 * a.steps);
+    room.scales = (float*)(room.units + 2 * room.steps);
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) {
-        const int4 unit = __ldg(a.units + rank * 2 * a.steps + i);
+    for (int i = threadIdx.x; i < 2 * room.steps; i += THREADS) {
+        const int4 unit = __ldg(a.units + 2 * first + i);
         room.units[i] = unit;
         room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
     }
@@ -463,8 +474,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
-        const size_t first = (size_t)(blockIdx.y / tiles * splits + rank) * a.steps;
-        if (warp < COPIERS) fetch_all(a, room, tile, (const char*)a.arranged + first * X_BYTES, warp, lane);
+        const char* x = (const char*)a.arranged + ((size_t)(blockIdx.y / a.tiles) * a.steps + first) * X_BYTES;
+        if (warp < COPIERS) fetch_all(a, room, tile, x, warp, lane);
         else prepare_all(a, room, tile, warp - COPIERS, lane);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
@@ -472,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
         Lane l;
         l.g = threadIdx.x % 32 / 4, l.t = threadIdx.x % 4, l.warp = threadIdx.x / 32 % 4, l.group = threadIdx.x / 128;
         l.row = 4 * l.g + 2 * l.group;
-        multiply_all(a, room, l, d);
+        multiply_all(room, l, d);
         asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
         float* results = (float*)room.ring + l.warp * 32 + l.row;
 #pragma unroll

@@ -12,7 +12,7 @@ from mpfx.nn.kernels import cuda, packed_linear, packed_linears
 from mpfx.nn.kernels.cuda import tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.kept import cache_folder
-from mpfx.nn.kernels.cuda.tile import Tile, unpacks_in_registers
+from mpfx.nn.kernels.cuda.tile import Part, Tile, unpacks_in_registers
 from tests.nn.test_packing import random_weight
 
 pytestmark = [
@@ -136,7 +136,15 @@ def test_kernels_that_follow_each_other_in_a_graph_wait_for_each_other() -> None
         assert torch.equal(found, expected)
 
 
-TILES = [(132, 9, Tile(16, 1)), (516, 70, Tile(64, 2)), (256, 300, Tile(256, 1)), (384, 176, Tile(176, 4))]
+TILES = [
+    (132, 9, Tile(16, (Part(2, 1),))),
+    (516, 70, Tile(64, (Part(5, 2),))),
+    (256, 300, Tile(256, (Part(2, 1),))),
+    (384, 176, Tile(176, (Part(3, 4),))),
+    (516, 300, Tile(256, (Part(2, 1), Part(3, 3)))),
+    (388, 70, Tile(32, (Part(1, 2), Part(3, 8)))),
+    (772, 100, Tile(128, (Part(4, 1), Part(1, 5), Part(2, 7)))),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
