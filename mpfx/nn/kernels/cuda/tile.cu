@@ -5,11 +5,12 @@
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
 // `tile`: a block has 128 rows of the weight and TOKENS rows of activations, of which the blocks of a cluster share the
-// channels. One launch may have the first rows of the weight and another one, with other clusters, the rest. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero
-// points, scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32
-// rows 32w ... of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows:
-// 4g + 2m and 4g + 2m + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the weight in an order of
-// their own, and so have the channels: of which `arrange` knows. While one segment is multiplied, the next one is unpacked.
+// channels. One launch may have the first rows of the weight and another one, with other clusters, the rest. Two warps copy
+// ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero points, scales; two others find
+// out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ... of the block, of which
+// each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
+// So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
+// which `arrange` knows. While one segment is multiplied, the next one is unpacked.
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
@@ -17,7 +18,7 @@
 
 constexpr int STEP = 64;  // channels: two segments
 constexpr int X_BYTES = TOKENS * 128;
-constexpr int ROW_BYTES = 576;  // of 128 words, and some more: lanes that read four word rows at once find other banks
+constexpr int ROW_BYTES = 544;  // of 128 words, and some more: eight rows of four word rows are in 32 banks
 constexpr int TAIL_WORDS = 2 * (32 + 16);  // of every segment: zero points of 128 rows, scales
 constexpr int TAIL_AT = X_BYTES + WORD_ROWS * ROW_BYTES, GRIDS_AT = TAIL_AT + TAIL_WORDS * 4;
 constexpr int STAGE_BYTES = (GRIDS_AT + 2 * 128 * 8 + 1023) / 1024 * 1024;
@@ -482,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
         float d[TOKENS / 2] = {};
         Lane l;
         l.g = threadIdx.x % 32 / 4, l.t = threadIdx.x % 4, l.warp = threadIdx.x / 32 % 4, l.group = threadIdx.x / 128;
-        l.row = 4 * l.g + 2 * l.group;
+        l.row = 16 * l.group + 2 * l.g;
         multiply_all(room, l, d);
         asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
         float* results = (float*)room.ring + l.warp * 32 + l.row;
