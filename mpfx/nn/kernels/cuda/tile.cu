@@ -4,11 +4,13 @@
 // `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
-// `tile`: a block has 128 rows of the weight and TOKENS rows of activations, of which the blocks of a cluster share the
-// channels. One launch may have the first rows of the weight and another one, with other clusters, the rest. Two warps copy
-// ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero points, scales; two others find
-// out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ... of the block, of which
-// each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
+// `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and a share of the channels. The blocks of a cluster
+// have all shares of some tiles of rows, of the same activations: of these, which are most of what a block reads, each copies a
+// part for all that have its share. One launch may have the first rows of the weight and another one, with other clusters, the
+// rest. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero points,
+// scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ...
+// of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and
+// 16m + 2g + 1, in group m.
 // So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
 // which `arrange` knows. While one segment is multiplied, the next one is unpacked.
 //
@@ -41,6 +43,7 @@ struct Args {
     int tokens, channels;
     int steps;          // of all channels: what the blocks of a cluster share
     int first, tiles;   // of this launch: the first tile of rows of the weight, and how many
+    int splits;         // shares of the channels; a cluster has so many blocks for each of its tiles of rows
 };
 
 // ---------------------------------------------------------------------------------------------------- activations
@@ -115,15 +118,34 @@ __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 ba
                  : "memory");
 }
 
+// The same for all blocks of the cluster whose bits are set, at the same places of their shared memory.
+__device__ __forceinline__ void copy_to(u16 blocks, u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+                 : "memory");
+}
+
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ float4 of_block(const float* p, int rank) {
+// Where a block of the cluster has what this one has at an address.
+__device__ __forceinline__ u32 in_block(u32 at, int rank) {
     u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void arrive_there(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ float4 of_block(const float* p, int rank) {
     float4 f;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
+                 : "r"(in_block(address(p), rank))
+                 : "memory");
     return f;
 }
 
@@ -323,12 +345,30 @@ __device__ __forceinline__ void unpack_segment(int bits, const char* words, cons
     }
 }
 
+// Which block this is.
+struct Place {
+    int share, splits;   // of the channels
+    int floor, floors;   // of the tiles of rows of its cluster
+    int tile, tokens;    // tile of rows of the weight; first row of activations
+    int first, steps;    // of its share
+
+    __device__ explicit Place(const Args& a) {
+        const int rank = cluster_rank();
+        splits = a.splits, share = rank % splits;
+        floor = rank / splits, floors = cluster_size() / splits;
+        const int stacks = (a.tiles + floors - 1) / floors;
+        tile = a.first + blockIdx.y % stacks * floors + floor, tokens = blockIdx.y / stacks * TOKENS;
+        first = a.steps * share / splits, steps = a.steps * (share + 1) / splits - first;
+    }
+
+    __device__ int rank_of(int other_floor) const { return other_floor * splits + share; }
+};
+
 // Shared memory.
 struct Room {
     char* ring;      // STAGES times: a tile of activations, words, zero points and scales
     int4* units;     // of every segment: bits, first word row, grid, zero points
     float* scales;   // of every segment: what all rows have of the step
-    int steps;       // of this block, which all of these are of
     u32 full, ready, empty;  // barriers of every stage: it is copied; its grids are known; it may be written again
 };
 
@@ -353,16 +393,20 @@ __device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, i
 // One of the warps that copy: steps `first`, `first` + COPIERS ... What `arrange` writes is there when it has come to its end:
 // the first launch waits for that, and only then lets the next one start, which need not wait for the first one's products.
 // But it waits for them before it ends, so that whatever comes after the last launch finds all products.
-__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int tile, const char* x, int first, int lane) {
+__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
     bool arranged = false;
+    u16 together = 0;
+    for (int floor = 0; floor < p.floors; floor++) together |= 1 << p.rank_of(floor);
+    const u32 bytes = X_BYTES / p.floors, mine = p.floor * bytes;
+    const char* x = (const char*)a.arranged + ((size_t)(p.tokens / TOKENS) * a.steps + p.first) * X_BYTES + mine;
 #pragma unroll 1
-    for (int k = first; k < room.steps; k += COPIERS) {
+    for (int k = first; k < p.steps; k += COPIERS) {
         const int stage = k % STAGES;
         const u32 full = room.full + stage * 8, to = address(room.ring + stage * STAGE_BYTES), tail = to + TAIL_AT;
         if (k >= STAGES) wait(room.empty + stage * 8, (k / STAGES - 1) & 1);
         const int4 even = room.units[2 * k], odd = room.units[2 * k + 1];
-        fetch_segment(a, even, tile, to + X_BYTES, tail, lane);
-        fetch_segment(a, odd, tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
+        fetch_segment(a, even, p.tile, to + X_BYTES, tail, lane);
+        fetch_segment(a, odd, p.tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
         arrive_when_copied(full);
         if (!arranged) {
             if (a.first == 0) wait_for_last();
@@ -371,22 +415,23 @@ __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int t
         }
         if (lane == 0) {
             arrive_with(full, X_BYTES);
-            copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
+            if (p.floors > 1) copy_to(together, to + mine, x + (size_t)k * X_BYTES, bytes, full);
+            else copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
         }
     }
     wait_for_last();
 }
 
 // One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ...
-__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int tile, int first, int lane) {
+__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
     float scales[4];  // of its rows, without those of the channels
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const int row = tile * 128 + lane * 4 + j;
+        const int row = p.tile * 128 + lane * 4 + j;
         scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
     }
 #pragma unroll 1
-    for (int k = first; k < room.steps; k += PREPARERS) {
+    for (int k = first; k < p.steps; k += PREPARERS) {
         char* stage = room.ring + k % STAGES * STAGE_BYTES;
         wait(room.full + k % STAGES * 8, k / STAGES & 1);
 #pragma unroll
@@ -416,13 +461,15 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
-__device__ __forceinline__ void multiply_all(const Room& room, const Lane& l, float (&d)[TOKENS / 2]) {
+__device__ __forceinline__ void multiply_all(const Room& room, const Place& p, const Lane& l, float (&d)[TOKENS / 2]) {
     Operand even, odd;
-    const bool speaks = threadIdx.x % 32 == 0;
+    const int lane = threadIdx.x % 32;
+    const bool speaks = lane < p.floors;  // to those that copy for this block
+    const u32 empty = in_block(room.empty, p.rank_of(speaks ? lane : 0));
     const int row = l.warp * 32 + l.row;
     settle(d);
 #pragma unroll 1
-    for (int k = 0; k < room.steps; k++) {
+    for (int k = 0; k < p.steps; k++) {
         const int stage = k % STAGES, first = room.units[2 * k].x, second = room.units[2 * k + 1].x;
         const char* at = room.ring + stage * STAGE_BYTES;
         const char* words = at + X_BYTES + row * 4;
@@ -431,7 +478,7 @@ __device__ __forceinline__ void multiply_all(const Room& room, const Lane& l, fl
         wait(room.ready + stage * 8, k / STAGES & 1);
         unpack_segment(first, words, grids, l, even);
         multiply_segment(address(at), even, d);
-        if (speaks && k) arrive(room.empty + (k - 1) % STAGES * 8);
+        if (speaks && k) arrive_there(empty + (k - 1) % STAGES * 8);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
         multiply_segment(address(at) + 64, odd, d);
     }
@@ -448,43 +495,46 @@ __device__ __forceinline__ void store4(const Args& a, int token, int row, float4
     *(uint2*)((Number*)a.out + (size_t)token * a.w.rows + row) = make_uint2(two_numbers(v.x, v.y), two_numbers(v.z, v.w));
 }
 
+// Wait for all threads of the cluster.
+__device__ __forceinline__ void all_arrive(bool alone) {
+    if (alone) __syncthreads();
+    else cluster_barrier();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
-    const int splits = cluster_size(), rank = cluster_rank();
-    const int tile = a.first + blockIdx.y % a.tiles, tokens = blockIdx.y / a.tiles * TOKENS;
-    const int first = a.steps * rank / splits;  // step of this block
+    const Place p(a);
+    const bool alone = p.splits * p.floors == 1;
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
-    room.steps = a.steps * (rank + 1) / splits - first;
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
-    room.scales = (float*)(room.units + 2 * room.steps);
+    room.scales = (float*)(room.units + 2 * p.steps);
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    for (int i = threadIdx.x; i < 2 * room.steps; i += THREADS) {
-        const int4 unit = __ldg(a.units + 2 * first + i);
+    for (int i = threadIdx.x; i < 2 * p.steps; i += THREADS) {
+        const int4 unit = __ldg(a.units + 2 * p.first + i);
         room.units[i] = unit;
         room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
     }
     if (threadIdx.x < STAGES) {
         init(room.full + threadIdx.x * 8, 33);
         init(room.ready + threadIdx.x * 8, 32);
-        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32);
+        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32 * p.floors);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncthreads();
+    all_arrive(alone);
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
-        const char* x = (const char*)a.arranged + ((size_t)(blockIdx.y / a.tiles) * a.steps + first) * X_BYTES;
-        if (warp < COPIERS) fetch_all(a, room, tile, x, warp, lane);
-        else prepare_all(a, room, tile, warp - COPIERS, lane);
+        if (warp < COPIERS) fetch_all(a, room, p, warp, lane);
+        else prepare_all(a, room, p, warp - COPIERS, lane);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         float d[TOKENS / 2] = {};
         Lane l;
         l.g = threadIdx.x % 32 / 4, l.t = threadIdx.x % 4, l.warp = threadIdx.x / 32 % 4, l.group = threadIdx.x / 128;
         l.row = 16 * l.group + 2 * l.g;
-        multiply_all(room, l, d);
+        multiply_all(room, p, l, d);
         asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
         float* results = (float*)room.ring + l.warp * 32 + l.row;
 #pragma unroll
@@ -493,20 +543,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
             for (int e = 0; e < 2; e++)
                 *(float2*)(results + (8 * n + 2 * l.t + e) * RESULT_ROW) = make_float2(d[4 * n + e] * (1 / LARGER), d[4 * n + 2 + e] * (1 / LARGER));
     }
-    if (splits > 1) cluster_barrier();
-    else __syncthreads();
+    all_arrive(alone);
     const float* results = (const float*)room.ring;
-    for (int i = rank * (THREADS) + threadIdx.x; i < TOKENS * 32; i += splits * (THREADS)) {
+    for (int i = p.share * THREADS + threadIdx.x; i < TOKENS * 32; i += p.splits * THREADS) {
         const float* at = results + i / 32 * RESULT_ROW + i % 32 * 4;
         float4 sum = *(const float4*)at;
-        if (splits > 1) {
-            sum = of_block(at, 0);
-            for (int r = 1; r < splits; r++) {
-                const float4 more = of_block(at, r);
+        if (p.splits > 1) {
+            const int rank = p.floor * p.splits;
+            sum = of_block(at, rank);
+            for (int r = 1; r < p.splits; r++) {
+                const float4 more = of_block(at, rank + r);
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
         }
-        store4(a, tokens + i / 32, tile * 128 + i % 32 * 4, sum);
+        store4(a, p.tokens + i / 32, p.tile * 128 + i % 32 * 4, sum);
     }
-    if (splits > 1) cluster_barrier();
+    if (!alone) cluster_barrier();  // until the others have read, and told what they have to tell
 }

@@ -25,11 +25,14 @@ _SHARED_BYTES = (227 << 10) - 256  # that a block can have, without what the ker
 _ALIGN_BYTES, _UNIT_BYTES = 1024, 40  # as in tile.cu: before the ring; of a step
 _MOST_BLOCKS = 65535  # of a launch along y
 _TOKENS = (16, 32, 64, 128, 176, 256)
-_MOST_SPLITS = 8
 _MOST_TRIED = 4
+_MOST_BLOCKS_OF_CLUSTER = 8
+_CLUSTERS = [(splits, floors) for floors in (1, 2) for splits in range(1, _MOST_BLOCKS_OF_CLUSTER // floors + 1)]
 _NEIGHBOURS = 16  # processors, at least, of a part of the GPU: clusters keep within one
-_IDLE_STEPS = 4  # that a block could do while it starts, and while it adds up and writes results
-_LEAST_TOKENS = 112  # fewer do not make a block any faster: it has to unpack the weight all the same
+_TOKEN_NS, _UNPACK_NS = 2.8, 320.0  # of a step: to multiply a row of activations; to unpack the weight
+_BYTES_PER_NS = 43.0  # that a processor gets from the cache, if all read
+_WORD_BYTES = 4608  # about what a step reads besides activations
+_START_NS, _RESULT_NS = 1500.0, 6.0  # of a block; and per row of activations, to write results
 
 
 class Arguments(ctypes.Structure):
@@ -48,6 +51,7 @@ class Arguments(ctypes.Structure):
         ("steps", ctypes.c_int),
         ("first", ctypes.c_int),
         ("tiles", ctypes.c_int),
+        ("splits", ctypes.c_int),
     ]
 
 
@@ -63,11 +67,23 @@ class Part(NamedTuple):
 
     Attributes:
         tiles: so many times 128 rows.
-        splits: blocks that share the channels of the same rows.
+        splits: blocks of a cluster that share the channels of the same rows.
+        floors: tiles of a cluster, that share activations; all but the last launch have so many, or a multiple.
     """
 
     tiles: int
     splits: int
+    floors: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Of a cluster."""
+        return self.splits * self.floors
+
+    @property
+    def stacks(self) -> int:
+        """Clusters that have all its rows."""
+        return -(-self.tiles // self.floors)
 
 
 @dataclass(frozen=True)
@@ -110,8 +126,8 @@ class Tile:
         arrange(Launch((columns * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), Arguments(*common))
         shared, first = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * share, 0
         for part in self.parts:
-            launch = Launch((part.splits, columns * part.tiles), _THREADS, shared, part.splits, early=True)
-            run(launch, Arguments(*common, first, part.tiles))
+            grid = (part.blocks, columns * part.stacks)
+            run(Launch(grid, _THREADS, shared, part.blocks, early=True), Arguments(*common, first, *part[:2]))
             first += part.tiles
 
     def share(self, layout: Layout) -> int:
@@ -123,13 +139,15 @@ class Tile:
         stage, stages = _stages(self.tokens, _word_rows(layout), self.share(layout))
         return stages * stage >= self.tokens * _RESULT_BYTES
 
-    def time(self, columns: int, layout: Layout, processors: int) -> int:
-        """About how long it takes: waves of blocks, times steps of a block, times rows of activations of a step."""
-        steps = 0
+    def time(self, columns: int, layout: Layout, processors: int) -> float:
+        """About how many nanoseconds it takes on an H100."""
+        time = 0.0
         for part in self.parts:
-            waves = -(-columns * part.tiles // _clusters(part.splits, processors))
-            steps += waves * (_steps(layout, part.splits) + _IDLE_STEPS)
-        return steps * max(self.tokens, _LEAST_TOKENS)
+            waves = -(-columns * part.stacks // _clusters(part.blocks, processors))
+            read = (self.tokens * _STEP_BYTES / part.floors + _WORD_BYTES) / _BYTES_PER_NS
+            step = max(self.tokens * _TOKEN_NS, _UNPACK_NS, read)
+            time += waves * (step * _steps(layout, part.splits) + self.tokens * _RESULT_NS + _START_NS)
+        return time
 
 
 def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
@@ -145,7 +163,7 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
 def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> tuple[Tile, ...]:
     if 2 * layout.in_features > _SHARED_BYTES:  # a row of activations is put in order there
         return ()
-    tiles: list[tuple[int, Tile]] = []
+    tiles: list[tuple[float, Tile]] = []
     for tokens in _TOKENS:
         columns = -(-count // tokens)
         if columns * row_tiles <= _MOST_BLOCKS and (tokens <= count or tokens == _TOKENS[0]):
@@ -159,18 +177,20 @@ def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> t
 
 def _cuts(row_tiles: int, columns: int, processors: int) -> Iterator[tuple[Part, ...]]:
     """One launch; or one that keeps all processors busy to its end, and one that has to split what is left."""
-    for splits in range(1, _MOST_SPLITS + 1):
-        yield (Part(row_tiles, splits),)
-        wave = _clusters(splits, processors)
-        full = columns * row_tiles // wave * wave // columns
+    for splits, floors in _CLUSTERS:
+        part = Part(row_tiles, splits, floors)
+        yield (part,)
+        wave = _clusters(part.blocks, processors)
+        full = columns * part.stacks // wave * wave // columns * floors
         if 0 < full < row_tiles:
-            for more in range(splits + 1, _MOST_SPLITS + 1):
-                yield Part(full, splits), Part(row_tiles - full, more)
+            for more in _CLUSTERS:
+                if more[0] > splits:
+                    yield Part(full, splits, floors), Part(row_tiles - full, *more)
 
 
-def _clusters(splits: int, processors: int) -> int:
+def _clusters(blocks: int, processors: int) -> int:
     """Clusters that run at once: neighbours come in pairs at least."""
-    return processors // splits if splits <= 2 else processors // _NEIGHBOURS * (_NEIGHBOURS // splits)
+    return processors // blocks if blocks <= 2 else processors // _NEIGHBOURS * (_NEIGHBOURS // blocks)
 
 
 @lru_cache(maxsize=4096)

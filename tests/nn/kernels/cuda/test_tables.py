@@ -105,12 +105,16 @@ def test_parts_of_a_cut_have_all_rows_once(row_tiles: int, count: int) -> None:
     for cut in cuts:
         assert sum(part.tiles for part in cut.parts) == row_tiles
         assert min(part.tiles for part in cut.parts) > 0
+        assert not any(part.tiles % part.floors for part in cut.parts[:-1])
 
 
 def test_what_would_leave_processors_idle_is_split() -> None:
-    """Of 172 blocks, 132 run at once; the 40 that are left, three times as many a third as long, are a wave again."""
+    """Of 172 blocks, 132 run at once; the 40 that are left are another wave, but a shorter one, if they are split."""
     cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), PROCESSORS)
-    assert tile.Tile(256, (tile.Part(66, 1), tile.Part(20, 3))) in cuts
+    full, rest = next(cut.parts for cut in cuts if cut.tokens == 256)
+    assert full == tile.Part(66, 1, 2)
+    assert rest.tiles == 20
+    assert rest.splits > 1
 
 
 def test_launches_of_a_cut_go_through_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +125,15 @@ def test_launches_of_a_cut_go_through_the_rows(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(tile, "kernel", kernel)
     weight, x = pack(random_weight(LAYOUT, 516, coded=True)), torch.empty(300, 500, dtype=torch.bfloat16)
-    cut = tile.Tile(256, (tile.Part(2, 1), tile.Part(3, 3)))
+    cut = tile.Tile(256, (tile.Part(2, 1, 2), tile.Part(3, 3)))
     cut.multiply(x, weight, None, None, torch.empty(300, 516, dtype=torch.bfloat16))
     assert [name for name, _, _ in calls] == ["arrange", "tile", "tile"]
-    assert [launch.grid for _, launch, _ in calls] == [(512, 1), (1, 4), (3, 6)]
-    assert [(launch.cluster, launch.early) for _, launch, _ in calls] == [(1, False), (1, True), (3, True)]
-    assert [(given.first, given.tiles, given.steps) for _, _, given in calls[1:]] == [(0, 2, 8), (2, 3, 8)]
+    assert [launch.grid for _, launch, _ in calls] == [(512, 1), (2, 2), (3, 6)]
+    assert [(launch.cluster, launch.early) for _, launch, _ in calls] == [(1, False), (2, True), (3, True)]
+    assert [(given.first, given.tiles, given.splits, given.steps) for _, _, given in calls[1:]] == [
+        (0, 2, 1, 8),
+        (2, 3, 3, 8),
+    ]
     assert len({given.arranged for _, _, given in calls}) == 1
 
 
