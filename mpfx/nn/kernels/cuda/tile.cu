@@ -197,10 +197,12 @@ __device__ __forceinline__ float4 of_block(const float* p, int rank) {
 #define KINDS "f32.f16.f16"
 #endif
 
-// 64 rows of the weight times TOKENS rows of activations, 16 channels.
-__device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], u32 (&a)[4], unsigned long long x) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16." KINDS " {" JOIN(NAMES, EIGHTS) "}, {%0,%1,%2,%3}, %4, 1, 1, 1, 0;"
-                 : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+l"(x), JOIN(PLACES, EIGHTS));
+// 64 rows of the weight times TOKENS rows of activations, 16 channels: `x` says where these are, in units of 16 bytes, and that
+// they are swizzled in 128 bytes, and have 1024 bytes from eight rows to the next ones.
+__device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], u32 (&a)[4], u32 x) {
+    asm volatile("{\n.reg .b64 tile;\nmov.b64 tile, {%4, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16." KINDS " {" JOIN(NAMES, EIGHTS) "}, {%0,%1,%2,%3}, tile, 1, 1, 1, 0;\n}"
+                 : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(x), JOIN(PLACES, EIGHTS));
 }
 
 __device__ __forceinline__ void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -210,31 +212,38 @@ __device__ __forceinline__ void wait_for_all_but() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 }
 
-// A tile of activations as `wgmma` is told of it: swizzled in 128 bytes, 1024 bytes from eight rows to the next ones.
-__device__ __forceinline__ unsigned long long tile_at(u32 at) {
-    return (unsigned long long)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+// A tile of activations as `multiply` is told of it.
+__device__ __forceinline__ u32 tile_at(u32 at) { return at >> 4 | 1 << 16; }
 
 // ---------------------------------------------------------------------------------------------------- weights
 
 typedef u32 Operand[2][4];  // the left one: a segment, 16 channels each
 
-// Where a lane finds its two rows.
+// Where a lane finds its two rows, and its channels, in word rows of planes of so many bits: bytes from where the planes start,
+// and by how much to turn a word so that codes of its first channels come first.
 struct Lane {
-    int g, t, warp, group;
-    int row;  // the first one, of the 32 of the warp
+    int t;
+    int row;  // the first one, of the 128 of the block
+    int ones, twos, fours, eights;
+    int one_turn, two_turn;
+
+    __device__ explicit Lane(int thread) {
+        t = thread % 4, row = thread / 32 % 4 * 32 + thread / 128 * 16 + thread % 32 / 4 * 2;
+        ones = row * 4, twos = ones + t / 2 * ROW_BYTES, fours = ones + t * ROW_BYTES, eights = ones + 2 * t * ROW_BYTES;
+        one_turn = -2 * t, two_turn = -4 * (t % 2);
+        // They stay in registers: whoever compiles would rather find them out anew for every segment.
+        asm volatile("" : "+r"(row), "+r"(ones), "+r"(twos), "+r"(fours), "+r"(eights), "+r"(one_turn), "+r"(two_turn));
+    }
 };
 
 template <int P>
-__device__ __forceinline__ void add_plane(u32 (&c)[2][2], uint2 word, int chunk, int low) {
+__device__ __forceinline__ void add_plane(u32 (&c)[2][2], uint2 word, int turn, int low) {
     constexpr u32 field = ((1u << P) - 1) * 0x01010101u;
     const u32 w[2] = {word.x, word.y};
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int turn = (low - P * ((chunk + i) % (8 / P))) & 31;
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) c[i][j] |= __funnelshift_l(w[j], w[j], turn) & (field << low);
-    }
+        for (int j = 0; j < 2; j++) c[i][j] |= __funnelshift_l(w[j], w[j], turn + low - P * i) & (field << low);
 }
 
 // Codes as halves of registers: their values are what is added to this. Of 8 bits only float16 has the room.
@@ -293,22 +302,22 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, flo
 // Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
 template <int BITS>
 __device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
-    auto two = [&](int row) { return *(const uint2*)(words + row * ROW_BYTES); };
+    auto two = [&](int place, int row) { return *(const uint2*)(words + place + row * ROW_BYTES); };
     const uint4 both = *(const uint4*)grids;
     const u32 zeros[2] = {both.x, both.z}, steps[2] = {both.y, both.w};
     u32 c[2][2] = {};  // [channels 8t+4i ...][row]
     u32 highs[2][2] = {};
     if constexpr (BITS >= 8) {
-        const uint2 first = two(2 * l.t), second = two(2 * l.t + 1);
+        const uint2 first = two(l.eights, 0), second = two(l.eights, 1);
         c[0][0] = first.x, c[0][1] = first.y, c[1][0] = second.x, c[1][1] = second.y;
     }
     if constexpr (BITS == 16) {
-        const uint2 first = two(8 + 2 * l.t), second = two(9 + 2 * l.t);
+        const uint2 first = two(l.eights, 8), second = two(l.eights, 9);
         highs[0][0] = first.x, highs[0][1] = first.y, highs[1][0] = second.x, highs[1][1] = second.y;
     }
-    if constexpr (BITS & 4) add_plane<4>(c, two(l.t), 2 * l.t, 0);
-    if constexpr (BITS & 2) add_plane<2>(c, two((BITS & 4) + l.t / 2), 2 * l.t, BITS & 4);
-    if constexpr (BITS & 1) add_plane<1>(c, two(BITS & 6), 2 * l.t, BITS & 6);
+    if constexpr (BITS & 4) add_plane<4>(c, two(l.fours, 0), 0, 0);
+    if constexpr (BITS & 2) add_plane<2>(c, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
+    if constexpr (BITS & 1) add_plane<1>(c, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -353,9 +362,8 @@ struct Place {
     int first, steps;    // of its share
 
     __device__ explicit Place(const Args& a) {
-        const int rank = cluster_rank();
-        splits = a.splits, share = rank % splits;
-        floor = rank / splits, floors = cluster_size() / splits;
+        splits = a.splits, share = blockIdx.x % splits;  // clusters are as wide as the grid
+        floor = blockIdx.x / splits, floors = gridDim.x / splits;
         const int stacks = (a.tiles + floors - 1) / floors;
         tile = a.first + blockIdx.y % stacks * floors + floor, tokens = blockIdx.y / stacks * TOKENS;
         first = a.steps * share / splits, steps = a.steps * (share + 1) / splits - first;
@@ -445,11 +453,11 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, con
     }
 }
 
-// Multiply half a step: two operands of 16 channels.
+// Multiply half a step: two operands of 16 channels, of which a row of activations has 32 bytes.
 __device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[TOKENS / 2]) {
     before_products();
-    multiply(d, a[0], tile_at(x));
-    multiply(d, a[1], tile_at(x + 32));
+    multiply(d, a[0], x);
+    multiply(d, a[1], x + 2);
     after_products();
     wait_for_all_but<1>();
 }
@@ -464,23 +472,28 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 __device__ __forceinline__ void multiply_all(const Room& room, const Place& p, const Lane& l, float (&d)[TOKENS / 2]) {
     Operand even, odd;
     const int lane = threadIdx.x % 32;
-    const bool speaks = lane < p.floors;  // to those that copy for this block
-    const u32 empty = in_block(room.empty, p.rank_of(speaks ? lane : 0));
-    const int row = l.warp * 32 + l.row;
+    u32 empty = lane < p.floors ? in_block(room.empty, p.rank_of(lane)) : 0;  // of the blocks that copy for this one
+    u32 ring = address(room.ring), full = room.full, ready = room.ready;
+    asm volatile("" : "+r"(empty), "+r"(ring), "+r"(full), "+r"(ready));  // as above
+    const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES);
+    int stage = 0, parity = 0, last = 0;
     settle(d);
 #pragma unroll 1
     for (int k = 0; k < p.steps; k++) {
-        const int stage = k % STAGES, first = room.units[2 * k].x, second = room.units[2 * k + 1].x;
-        const char* at = room.ring + stage * STAGE_BYTES;
-        const char* words = at + X_BYTES + row * 4;
-        const uint2* grids = (const uint2*)(at + GRIDS_AT) + row;
-        wait(room.full + stage * 8, k / STAGES & 1);
-        wait(room.ready + stage * 8, k / STAGES & 1);
+        const int first = units[8 * k], second = units[8 * k + 4];
+        const char* at = (const char*)__cvta_shared_to_generic(ring + stage * STAGE_BYTES);
+        const char* words = at + X_BYTES;
+        const uint2* grids = (const uint2*)(at + GRIDS_AT) + l.row;
+        const u32 x = tile_at(ring + stage * STAGE_BYTES);
+        wait(full + stage * 8, parity);
+        wait(ready + stage * 8, parity);
         unpack_segment(first, words, grids, l, even);
-        multiply_segment(address(at), even, d);
-        if (speaks && k) arrive_there(empty + (k - 1) % STAGES * 8);
+        multiply_segment(x, even, d);
+        if (empty && k) arrive_there(empty + last * 8);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
-        multiply_segment(address(at) + 64, odd, d);
+        multiply_segment(x + 4, odd, d);
+        last = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     wait_for_all_but<0>();
     settle(d);
@@ -531,12 +544,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         float d[TOKENS / 2] = {};
-        Lane l;
-        l.g = threadIdx.x % 32 / 4, l.t = threadIdx.x % 4, l.warp = threadIdx.x / 32 % 4, l.group = threadIdx.x / 128;
-        l.row = 16 * l.group + 2 * l.g;
+        const Lane l(threadIdx.x);
         multiply_all(room, p, l, d);
         asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
-        float* results = (float*)room.ring + l.warp * 32 + l.row;
+        float* results = (float*)room.ring + l.row;
 #pragma unroll
         for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
