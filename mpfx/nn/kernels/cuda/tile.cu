@@ -299,7 +299,8 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, flo
     to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
 }
 
-// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
+// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves. All that can be done before the
+// products that read what these registers hold is done before they have come to their end.
 template <int BITS>
 __device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
     auto two = [&](int place, int row) { return *(const uint2*)(words + place + row * ROW_BYTES); };
@@ -318,6 +319,7 @@ __device__ __forceinline__ void unpack(const char* words, const uint2* grids, co
     if constexpr (BITS & 4) add_plane<4>(c, two(l.fours, 0), 0, 0);
     if constexpr (BITS & 2) add_plane<2>(c, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
     if constexpr (BITS & 1) add_plane<1>(c, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
+    wait_for_all_but<1>();
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -349,6 +351,7 @@ __device__ __forceinline__ void unpack_segment(int bits, const char* words, cons
     switch (bits) {
         CODE_WIDTHS(WIDTH)
         default:
+            wait_for_all_but<1>();
 #pragma unroll
             for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
     }
@@ -459,7 +462,6 @@ __device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[T
     multiply(d, a[0], x);
     multiply(d, a[1], x + 2);
     after_products();
-    wait_for_all_but<1>();
 }
 
 // Results are in their registers here: whoever reorders instructions knows nothing of products that are under way.
@@ -489,8 +491,8 @@ __device__ __forceinline__ void multiply_all(const Room& room, const Place& p, c
         wait(ready + stage * 8, parity);
         unpack_segment(first, words, grids, l, even);
         multiply_segment(x, even, d);
-        if (empty && k) arrive_there(empty + last * 8);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
+        if (empty && k) arrive_there(empty + last * 8);
         multiply_segment(x + 4, odd, d);
         last = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
