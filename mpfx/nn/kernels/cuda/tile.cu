@@ -6,7 +6,7 @@
 //
 // `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and a share of the channels. The blocks of a cluster
 // have all shares of some tiles of rows, of the same activations: of these, which are most of what a block reads, each copies a
-// part for all that have its share. One launch may have the first rows of the weight and another one, with other clusters, the
+// part for all that have its share (multicast). One launch may have the first rows of the weight and another one, with other clusters, the
 // rest. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero points,
 // scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ...
 // of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and
@@ -476,7 +476,7 @@ __device__ __forceinline__ void multiply_all(const Room& room, const Place& p, c
     const int lane = threadIdx.x % 32;
     u32 empty = lane < p.floors ? in_block(room.empty, p.rank_of(lane)) : 0;  // of the blocks that copy for this one
     u32 ring = address(room.ring), full = room.full, ready = room.ready;
-    asm volatile("" : "+r"(empty), "+r"(ring), "+r"(full), "+r"(ready));  // as above
+    asm volatile("" : "+r"(empty), "+r"(ring), "+r"(full), "+r"(ready));  // as in Lane: they stay in registers
     const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES);
     int stage = 0, parity = 0, last = 0;
     settle(d);

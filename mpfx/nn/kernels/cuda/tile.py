@@ -68,7 +68,7 @@ class Part(NamedTuple):
     Attributes:
         tiles: so many times 128 rows.
         splits: blocks of a cluster that share the channels of the same rows.
-        floors: tiles of a cluster, that share activations; all but the last launch have so many, or a multiple.
+        floors: tiles of a cluster, that share activations: 1, 2 or 4. `tiles` is a multiple, but for the last launch.
     """
 
     tiles: int
