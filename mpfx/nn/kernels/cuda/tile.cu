@@ -4,12 +4,15 @@
 // `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
-// `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and one of the blocks of its cluster a share of the
-// channels. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero
-// points, scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32
-// rows 32w ... of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows:
-// 4g + 2m and 4g + 2m + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the weight in an order of
-// their own, and so have the channels: of which `arrange` knows. While one segment is multiplied, the next one is unpacked.
+// `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and a share of the channels. The blocks of a cluster
+// have all shares of some tiles of rows, of the same activations: of these, which are most of what a block reads, each copies a
+// part for all that have its share (multicast). One launch may have the first rows of the weight and another one, with other clusters, the
+// rest. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero points,
+// scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ...
+// of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and
+// 16m + 2g + 1, in group m.
+// So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
+// which `arrange` knows. While one segment is multiplied, the next one is unpacked.
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
@@ -17,7 +20,7 @@
 
 constexpr int STEP = 64;  // channels: two segments
 constexpr int X_BYTES = TOKENS * 128;
-constexpr int ROW_BYTES = 576;  // of 128 words, and some more: lanes that read four word rows at once find other banks
+constexpr int ROW_BYTES = 544;  // of 128 words, and some more: eight rows of four word rows are in 32 banks
 constexpr int TAIL_WORDS = 2 * (32 + 16);  // of every segment: zero points of 128 rows, scales
 constexpr int TAIL_AT = X_BYTES + WORD_ROWS * ROW_BYTES, GRIDS_AT = TAIL_AT + TAIL_WORDS * 4;
 constexpr int STAGE_BYTES = (GRIDS_AT + 2 * 128 * 8 + 1023) / 1024 * 1024;
@@ -32,13 +35,15 @@ constexpr int RESULT_ROW = 132;  // floats that lie between the results of two r
 struct Args {
     const void* x;      // (tokens, channels)
     const void* order;
-    void* arranged;     // (tiles of activations, steps of a cluster, X_BYTES)
+    void* arranged;     // (tiles of activations, steps, X_BYTES)
     Weight w;
     const int4* units;  // (2 steps,): bits, first word row, grid, zero points of every segment; beyond the last one, zeros
     const void* bias;
     void* out;          // (tokens, rows)
     int tokens, channels;
-    int steps;          // of a block; of `arrange`: of all blocks of a cluster
+    int steps;          // of all channels: what the blocks of a cluster share
+    int first, tiles;   // of this launch: the first tile of rows of the weight, and how many
+    int splits;         // shares of the channels; a cluster has so many blocks for each of its tiles of rows
 };
 
 // ---------------------------------------------------------------------------------------------------- activations
@@ -113,15 +118,34 @@ __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 ba
                  : "memory");
 }
 
+// The same for all blocks of the cluster whose bits are set, at the same places of their shared memory.
+__device__ __forceinline__ void copy_to(u16 blocks, u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+                 : "memory");
+}
+
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ float4 of_block(const float* p, int rank) {
+// Where a block of the cluster has what this one has at an address.
+__device__ __forceinline__ u32 in_block(u32 at, int rank) {
     u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void arrive_there(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ float4 of_block(const float* p, int rank) {
     float4 f;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
+                 : "r"(in_block(address(p), rank))
+                 : "memory");
     return f;
 }
 
@@ -173,10 +197,12 @@ __device__ __forceinline__ float4 of_block(const float* p, int rank) {
 #define KINDS "f32.f16.f16"
 #endif
 
-// 64 rows of the weight times TOKENS rows of activations, 16 channels.
-__device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], u32 (&a)[4], unsigned long long x) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16." KINDS " {" JOIN(NAMES, EIGHTS) "}, {%0,%1,%2,%3}, %4, 1, 1, 1, 0;"
-                 : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+l"(x), JOIN(PLACES, EIGHTS));
+// 64 rows of the weight times TOKENS rows of activations, 16 channels: `x` says where these are, in units of 16 bytes, and that
+// they are swizzled in 128 bytes, and have 1024 bytes from eight rows to the next ones.
+__device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], u32 (&a)[4], u32 x) {
+    asm volatile("{\n.reg .b64 tile;\nmov.b64 tile, {%4, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16." KINDS " {" JOIN(NAMES, EIGHTS) "}, {%0,%1,%2,%3}, tile, 1, 1, 1, 0;\n}"
+                 : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(x), JOIN(PLACES, EIGHTS));
 }
 
 __device__ __forceinline__ void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -186,31 +212,38 @@ __device__ __forceinline__ void wait_for_all_but() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 }
 
-// A tile of activations as `wgmma` is told of it: swizzled in 128 bytes, 1024 bytes from eight rows to the next ones.
-__device__ __forceinline__ unsigned long long tile_at(u32 at) {
-    return (unsigned long long)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+// A tile of activations as `multiply` is told of it.
+__device__ __forceinline__ u32 tile_at(u32 at) { return at >> 4 | 1 << 16; }
 
 // ---------------------------------------------------------------------------------------------------- weights
 
 typedef u32 Operand[2][4];  // the left one: a segment, 16 channels each
 
-// Where a lane finds its two rows.
+// Where a lane finds its two rows, and its channels, in word rows of planes of so many bits: bytes from where the planes start,
+// and by how much to turn a word so that codes of its first channels come first.
 struct Lane {
-    int g, t, warp, group;
-    int row;  // the first one, of the 32 of the warp
+    int t;
+    int row;  // the first one, of the 128 of the block
+    int ones, twos, fours, eights;
+    int one_turn, two_turn;
+
+    __device__ explicit Lane(int thread) {
+        t = thread % 4, row = thread / 32 % 4 * 32 + thread / 128 * 16 + thread % 32 / 4 * 2;
+        ones = row * 4, twos = ones + t / 2 * ROW_BYTES, fours = ones + t * ROW_BYTES, eights = ones + 2 * t * ROW_BYTES;
+        one_turn = -2 * t, two_turn = -4 * (t % 2);
+        // They stay in registers: whoever compiles would rather find them out anew for every segment.
+        asm volatile("" : "+r"(row), "+r"(ones), "+r"(twos), "+r"(fours), "+r"(eights), "+r"(one_turn), "+r"(two_turn));
+    }
 };
 
 template <int P>
-__device__ __forceinline__ void add_plane(u32 (&c)[2][2], uint2 word, int chunk, int low) {
+__device__ __forceinline__ void add_plane(u32 (&c)[2][2], uint2 word, int turn, int low) {
     constexpr u32 field = ((1u << P) - 1) * 0x01010101u;
     const u32 w[2] = {word.x, word.y};
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int turn = (low - P * ((chunk + i) % (8 / P))) & 31;
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) c[i][j] |= __funnelshift_l(w[j], w[j], turn) & (field << low);
-    }
+        for (int j = 0; j < 2; j++) c[i][j] |= __funnelshift_l(w[j], w[j], turn + low - P * i) & (field << low);
 }
 
 // Codes as halves of registers: their values are what is added to this. Of 8 bits only float16 has the room.
@@ -266,25 +299,27 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, flo
     to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
 }
 
-// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
+// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves. All that can be done before the
+// products that read what these registers hold is done before they have come to their end.
 template <int BITS>
 __device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
-    auto two = [&](int row) { return *(const uint2*)(words + row * ROW_BYTES); };
+    auto two = [&](int place, int row) { return *(const uint2*)(words + place + row * ROW_BYTES); };
     const uint4 both = *(const uint4*)grids;
     const u32 zeros[2] = {both.x, both.z}, steps[2] = {both.y, both.w};
     u32 c[2][2] = {};  // [channels 8t+4i ...][row]
     u32 highs[2][2] = {};
     if constexpr (BITS >= 8) {
-        const uint2 first = two(2 * l.t), second = two(2 * l.t + 1);
+        const uint2 first = two(l.eights, 0), second = two(l.eights, 1);
         c[0][0] = first.x, c[0][1] = first.y, c[1][0] = second.x, c[1][1] = second.y;
     }
     if constexpr (BITS == 16) {
-        const uint2 first = two(8 + 2 * l.t), second = two(9 + 2 * l.t);
+        const uint2 first = two(l.eights, 8), second = two(l.eights, 9);
         highs[0][0] = first.x, highs[0][1] = first.y, highs[1][0] = second.x, highs[1][1] = second.y;
     }
-    if constexpr (BITS & 4) add_plane<4>(c, two(l.t), 2 * l.t, 0);
-    if constexpr (BITS & 2) add_plane<2>(c, two((BITS & 4) + l.t / 2), 2 * l.t, BITS & 4);
-    if constexpr (BITS & 1) add_plane<1>(c, two(BITS & 6), 2 * l.t, BITS & 6);
+    if constexpr (BITS & 4) add_plane<4>(c, two(l.fours, 0), 0, 0);
+    if constexpr (BITS & 2) add_plane<2>(c, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
+    if constexpr (BITS & 1) add_plane<1>(c, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
+    wait_for_all_but<1>();
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -316,10 +351,29 @@ __device__ __forceinline__ void unpack_segment(int bits, const char* words, cons
     switch (bits) {
         CODE_WIDTHS(WIDTH)
         default:
+            wait_for_all_but<1>();
 #pragma unroll
             for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
     }
 }
+
+// Which block this is.
+struct Place {
+    int share, splits;   // of the channels
+    int floor, floors;   // of the tiles of rows of its cluster
+    int tile, tokens;    // tile of rows of the weight; first row of activations
+    int first, steps;    // of its share
+
+    __device__ explicit Place(const Args& a) {
+        splits = a.splits, share = blockIdx.x % splits;  // clusters are as wide as the grid
+        floor = blockIdx.x / splits, floors = gridDim.x / splits;
+        const int stacks = (a.tiles + floors - 1) / floors;
+        tile = a.first + blockIdx.y % stacks * floors + floor, tokens = blockIdx.y / stacks * TOKENS;
+        first = a.steps * share / splits, steps = a.steps * (share + 1) / splits - first;
+    }
+
+    __device__ int rank_of(int other_floor) const { return other_floor * splits + share; }
+};
 
 // Shared memory.
 struct Room {
@@ -347,36 +401,48 @@ __device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, i
     if (lane < 4 * tiles) copy4(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
 }
 
-// One of the warps that copy: steps `first`, `first` + COPIERS ...
-__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int tile, const char* x, int first, int lane) {
-    bool waited = false;
+// One of the warps that copy: steps `first`, `first` + COPIERS ... What `arrange` writes is there when it has come to its end:
+// the first launch waits for that, and only then lets the next one start, which need not wait for the first one's products.
+// But it waits for them before it ends, so that whatever comes after the last launch finds all products.
+__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
+    bool arranged = false;
+    u16 together = 0;
+    for (int floor = 0; floor < p.floors; floor++) together |= 1 << p.rank_of(floor);
+    const u32 bytes = X_BYTES / p.floors, mine = p.floor * bytes;
+    const char* x = (const char*)a.arranged + ((size_t)(p.tokens / TOKENS) * a.steps + p.first) * X_BYTES + mine;
 #pragma unroll 1
-    for (int k = first; k < a.steps; k += COPIERS) {
+    for (int k = first; k < p.steps; k += COPIERS) {
         const int stage = k % STAGES;
         const u32 full = room.full + stage * 8, to = address(room.ring + stage * STAGE_BYTES), tail = to + TAIL_AT;
         if (k >= STAGES) wait(room.empty + stage * 8, (k / STAGES - 1) & 1);
         const int4 even = room.units[2 * k], odd = room.units[2 * k + 1];
-        fetch_segment(a, even, tile, to + X_BYTES, tail, lane);
-        fetch_segment(a, odd, tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
+        fetch_segment(a, even, p.tile, to + X_BYTES, tail, lane);
+        fetch_segment(a, odd, p.tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
         arrive_when_copied(full);
-        if (!waited) wait_for_last(), waited = true;
+        if (!arranged) {
+            if (a.first == 0) wait_for_last();
+            let_next_start();
+            arranged = true;
+        }
         if (lane == 0) {
             arrive_with(full, X_BYTES);
-            copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
+            if (p.floors > 1) copy_to(together, to + mine, x + (size_t)k * X_BYTES, bytes, full);
+            else copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
         }
     }
+    wait_for_last();
 }
 
 // One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ...
-__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int tile, int first, int lane) {
+__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
     float scales[4];  // of its rows, without those of the channels
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const int row = tile * 128 + lane * 4 + j;
+        const int row = p.tile * 128 + lane * 4 + j;
         scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
     }
 #pragma unroll 1
-    for (int k = first; k < a.steps; k += PREPARERS) {
+    for (int k = first; k < p.steps; k += PREPARERS) {
         char* stage = room.ring + k % STAGES * STAGE_BYTES;
         wait(room.full + k % STAGES * 8, k / STAGES & 1);
 #pragma unroll
@@ -390,13 +456,12 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int
     }
 }
 
-// Multiply half a step: two operands of 16 channels.
+// Multiply half a step: two operands of 16 channels, of which a row of activations has 32 bytes.
 __device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[TOKENS / 2]) {
     before_products();
-    multiply(d, a[0], tile_at(x));
-    multiply(d, a[1], tile_at(x + 32));
+    multiply(d, a[0], x);
+    multiply(d, a[1], x + 2);
     after_products();
-    wait_for_all_but<1>();
 }
 
 // Results are in their registers here: whoever reorders instructions knows nothing of products that are under way.
@@ -406,24 +471,31 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
-__device__ __forceinline__ void multiply_all(const Args& a, const Room& room, const Lane& l, float (&d)[TOKENS / 2]) {
+__device__ __forceinline__ void multiply_all(const Room& room, const Place& p, const Lane& l, float (&d)[TOKENS / 2]) {
     Operand even, odd;
-    const bool speaks = threadIdx.x % 32 == 0;
-    const int row = l.warp * 32 + l.row;
+    const int lane = threadIdx.x % 32;
+    u32 empty = lane < p.floors ? in_block(room.empty, p.rank_of(lane)) : 0;  // of the blocks that copy for this one
+    u32 ring = address(room.ring), full = room.full, ready = room.ready;
+    asm volatile("" : "+r"(empty), "+r"(ring), "+r"(full), "+r"(ready));  // as in Lane: they stay in registers
+    const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES);
+    int stage = 0, parity = 0, last = 0;
     settle(d);
 #pragma unroll 1
-    for (int k = 0; k < a.steps; k++) {
-        const int stage = k % STAGES, first = room.units[2 * k].x, second = room.units[2 * k + 1].x;
-        const char* at = room.ring + stage * STAGE_BYTES;
-        const char* words = at + X_BYTES + row * 4;
-        const uint2* grids = (const uint2*)(at + GRIDS_AT) + row;
-        wait(room.full + stage * 8, k / STAGES & 1);
-        wait(room.ready + stage * 8, k / STAGES & 1);
+    for (int k = 0; k < p.steps; k++) {
+        const int first = units[8 * k], second = units[8 * k + 4];
+        const char* at = (const char*)__cvta_shared_to_generic(ring + stage * STAGE_BYTES);
+        const char* words = at + X_BYTES;
+        const uint2* grids = (const uint2*)(at + GRIDS_AT) + l.row;
+        const u32 x = tile_at(ring + stage * STAGE_BYTES);
+        wait(full + stage * 8, parity);
+        wait(ready + stage * 8, parity);
         unpack_segment(first, words, grids, l, even);
-        multiply_segment(address(at), even, d);
-        if (speaks && k) arrive(room.empty + (k - 1) % STAGES * 8);
+        multiply_segment(x, even, d);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
-        multiply_segment(address(at) + 64, odd, d);
+        if (empty && k) arrive_there(empty + last * 8);
+        multiply_segment(x + 4, odd, d);
+        last = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     wait_for_all_but<0>();
     settle(d);
@@ -438,63 +510,66 @@ __device__ __forceinline__ void store4(const Args& a, int token, int row, float4
     *(uint2*)((Number*)a.out + (size_t)token * a.w.rows + row) = make_uint2(two_numbers(v.x, v.y), two_numbers(v.z, v.w));
 }
 
+// Wait for all threads of the cluster.
+__device__ __forceinline__ void all_arrive(bool alone) {
+    if (alone) __syncthreads();
+    else cluster_barrier();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
-    const int splits = cluster_size(), rank = cluster_rank();
-    const int tiles = (a.w.rows + 127) / 128, tile = blockIdx.y % tiles, tokens = blockIdx.y / tiles * TOKENS;
+    const Place p(a);
+    const bool alone = p.splits * p.floors == 1;
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
-    room.scales = (float*)(room.units + 2 * a.steps);
+    room.scales = (float*)(room.units + 2 * p.steps);
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) {
-        const int4 unit = __ldg(a.units + rank * 2 * a.steps + i);
+    for (int i = threadIdx.x; i < 2 * p.steps; i += THREADS) {
+        const int4 unit = __ldg(a.units + 2 * p.first + i);
         room.units[i] = unit;
         room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
     }
     if (threadIdx.x < STAGES) {
         init(room.full + threadIdx.x * 8, 33);
         init(room.ready + threadIdx.x * 8, 32);
-        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32);
+        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32 * p.floors);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncthreads();
+    all_arrive(alone);
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
-        const size_t first = (size_t)(blockIdx.y / tiles * splits + rank) * a.steps;
-        if (warp < COPIERS) fetch_all(a, room, tile, (const char*)a.arranged + first * X_BYTES, warp, lane);
-        else prepare_all(a, room, tile, warp - COPIERS, lane);
+        if (warp < COPIERS) fetch_all(a, room, p, warp, lane);
+        else prepare_all(a, room, p, warp - COPIERS, lane);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         float d[TOKENS / 2] = {};
-        Lane l;
-        l.g = threadIdx.x % 32 / 4, l.t = threadIdx.x % 4, l.warp = threadIdx.x / 32 % 4, l.group = threadIdx.x / 128;
-        l.row = 4 * l.g + 2 * l.group;
-        multiply_all(a, room, l, d);
+        const Lane l(threadIdx.x);
+        multiply_all(room, p, l, d);
         asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
-        float* results = (float*)room.ring + l.warp * 32 + l.row;
+        float* results = (float*)room.ring + l.row;
 #pragma unroll
         for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
                 *(float2*)(results + (8 * n + 2 * l.t + e) * RESULT_ROW) = make_float2(d[4 * n + e] * (1 / LARGER), d[4 * n + 2 + e] * (1 / LARGER));
     }
-    if (splits > 1) cluster_barrier();
-    else __syncthreads();
+    all_arrive(alone);
     const float* results = (const float*)room.ring;
-    for (int i = rank * (THREADS) + threadIdx.x; i < TOKENS * 32; i += splits * (THREADS)) {
+    for (int i = p.share * THREADS + threadIdx.x; i < TOKENS * 32; i += p.splits * THREADS) {
         const float* at = results + i / 32 * RESULT_ROW + i % 32 * 4;
         float4 sum = *(const float4*)at;
-        if (splits > 1) {
-            sum = of_block(at, 0);
-            for (int r = 1; r < splits; r++) {
-                const float4 more = of_block(at, r);
+        if (p.splits > 1) {
+            const int rank = p.floor * p.splits;
+            sum = of_block(at, rank);
+            for (int r = 1; r < p.splits; r++) {
+                const float4 more = of_block(at, rank + r);
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
         }
-        store4(a, tokens + i / 32, tile * 128 + i % 32 * 4, sum);
+        store4(a, p.tokens + i / 32, p.tile * 128 + i % 32 * 4, sum);
     }
-    if (splits > 1) cluster_barrier();
+    if (!alone) cluster_barrier();  // until the others have read, and told what they have to tell
 }

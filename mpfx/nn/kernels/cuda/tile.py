@@ -1,8 +1,10 @@
 """Many rows times a packed weight that is unpacked in registers: what ``tile.cu`` needs from the host."""
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +19,20 @@ _CAPABILITY = (9, 0)  # the only one that has `wgmma`
 _ROWS = 128  # of the weight, of a block
 _THREADS, _ARRANGERS = 384, 512  # as in tile.cu
 _STEP_BYTES = 128  # of a row of activations
-_ROW_BYTES, _TAIL_BYTES, _RESULT_BYTES = 576, 384 + 2048, 528  # as in tile.cu
+_ROW_BYTES, _TAIL_BYTES, _RESULT_BYTES = 544, 384 + 2048, 528  # as in tile.cu
 _RING_BYTES = 208 << 10
 _SHARED_BYTES = (227 << 10) - 256  # that a block can have, without what the kernel declares itself
 _ALIGN_BYTES, _UNIT_BYTES = 1024, 40  # as in tile.cu: before the ring; of a step
 _MOST_BLOCKS = 65535  # of a launch along y
 _TOKENS = (16, 32, 64, 128, 176, 256)
-_MOST_SPLITS = 8
-_LEAST_TOKENS = 112  # fewer do not make a block any faster: it has to unpack the weight all the same
+_MOST_TRIED = 4
+_MOST_BLOCKS_OF_CLUSTER = 8
+_CLUSTERS = [(splits, floors) for floors in (1, 2) for splits in range(1, _MOST_BLOCKS_OF_CLUSTER // floors + 1)]
+_NEIGHBOURS = 16  # processors, at least, of a part of the GPU: clusters keep within one
+_TOKEN_NS, _UNPACK_NS = 2.8, 320.0  # of a step: to multiply a row of activations; to unpack the weight
+_BYTES_PER_NS = 43.0  # that a processor gets from the cache, if all read
+_WORD_BYTES = 4608  # about what a step reads besides activations
+_START_NS, _RESULT_NS = 1500.0, 6.0  # of a block; and per row of activations, to write results
 
 
 class Arguments(ctypes.Structure):
@@ -41,6 +49,9 @@ class Arguments(ctypes.Structure):
         ("tokens", ctypes.c_int),
         ("channels", ctypes.c_int),
         ("steps", ctypes.c_int),
+        ("first", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("splits", ctypes.c_int),
     ]
 
 
@@ -51,17 +62,41 @@ def unpacks_in_registers(x: Tensor, weight: PackedWeight) -> bool:
     return plain and aligned and torch.cuda.get_device_capability(x.device) == _CAPABILITY
 
 
+class Part(NamedTuple):
+    """Rows of the weight that one launch multiplies.
+
+    Attributes:
+        tiles: so many times 128 rows.
+        splits: blocks of a cluster that share the channels of the same rows.
+        floors: tiles of a cluster, that share activations: 1, 2 or 4. `tiles` is a multiple, but for the last launch.
+    """
+
+    tiles: int
+    splits: int
+    floors: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Of a cluster."""
+        return self.splits * self.floors
+
+    @property
+    def stacks(self) -> int:
+        """Clusters that have all its rows."""
+        return -(-self.tiles // self.floors)
+
+
 @dataclass(frozen=True)
 class Tile:
     """How the work is cut.
 
     Attributes:
         tokens: rows of activations of a block.
-        splits: blocks that share the channels of the same rows.
+        parts: launches, one after the other, that have all rows of the weight together.
     """
 
     tokens: int
-    splits: int
+    parts: tuple[Part, ...]
 
     def multiply(self, x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
         """Write the product ``(rows, out)``.
@@ -73,27 +108,46 @@ class Tile:
             bias: ``(out,)``, contiguous, in the dtype of ``x``, or None.
             out: contiguous, in the dtype of ``x``.
         """
-        layout, rows = weight.layout, weight.out_features
-        tiles, steps = -(-len(x) // self.tokens), _steps(layout, self.splits)
-        all_steps = self.splits * steps
-        arranged = torch.empty(tiles * self.tokens * all_steps * _STEP_BYTES, dtype=torch.uint8, device=x.device)
-        units = _units(layout, rows, all_steps, x.device)
-        parts = (
+        layout, columns = weight.layout, -(-len(x) // self.tokens)
+        steps, share = _steps(layout, 1), self.share(layout)
+        arranged = torch.empty(columns * self.tokens * steps * _STEP_BYTES, dtype=torch.uint8, device=x.device)
+        units = _units(layout, weight.out_features, x.device)
+        common = (
             address(x), address(order), address(arranged), weight_argument(weight), address(units), address(bias),
-            address(out), len(x), layout.in_features,
+            address(out), len(x), layout.in_features, steps,
         )  # fmt: skip
-        stage, stages = _stages(self.tokens, _word_rows(layout), steps)
+        stage, stages = _stages(self.tokens, _word_rows(layout), share)
         macros = (
             *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0), ("LAST", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
             ("WORD_ROWS", _word_rows(layout)), ("ORDER", order_bytes(order)),
         )  # fmt: skip
-        arrange = kernel("tile.cu", "arrange", macros, x.device.index)
-        arrange(Launch((tiles * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), Arguments(*parts, all_steps))
-        shared = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * steps
-        grid = (self.splits, tiles * -(-rows // _ROWS))
-        run = kernel("tile.cu", "tile", macros, x.device.index)
-        run(Launch(grid, _THREADS, shared, self.splits, early=True), Arguments(*parts, steps))
+        arrange, run = (kernel("tile.cu", name, macros, x.device.index) for name in ("arrange", "tile"))
+        arrange(Launch((columns * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), Arguments(*common))
+        shared, first = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * share, 0
+        for part in self.parts:
+            grid = (part.blocks, columns * part.stacks)
+            run(Launch(grid, _THREADS, shared, part.blocks, early=True), Arguments(*common, first, *part[:2]))
+            first += part.tiles
+
+    def share(self, layout: Layout) -> int:
+        """Steps of a block, at most."""
+        return max(_steps(layout, part.splits) for part in self.parts)
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether a block's results have room where the ring was."""
+        stage, stages = _stages(self.tokens, _word_rows(layout), self.share(layout))
+        return stages * stage >= self.tokens * _RESULT_BYTES
+
+    def time(self, columns: int, layout: Layout, processors: int) -> float:
+        """About how many nanoseconds it takes on an H100."""
+        time = 0.0
+        for part in self.parts:
+            waves = -(-columns * part.stacks // _clusters(part.blocks, processors))
+            read = (self.tokens * _STEP_BYTES / part.floors + _WORD_BYTES) / _BYTES_PER_NS
+            step = max(self.tokens * _TOKEN_NS, _UNPACK_NS, read)
+            time += waves * (step * _steps(layout, part.splits) + self.tokens * _RESULT_NS + _START_NS)
+        return time
 
 
 def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
@@ -101,26 +155,42 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
     if not unpacks_in_registers(x, weight):
         return ()
     count = 1 << (len(x) - 1).bit_length()  # as other numbers of rows are to be served by the same choice
-    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, x.device)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, processors)
 
 
 @lru_cache(maxsize=4096)
-def _tiles_for(count: int, row_tiles: int, layout: Layout, device: torch.device) -> tuple[Tile, ...]:
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    found: dict[Tile, float] = {}
+def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> tuple[Tile, ...]:
     if 2 * layout.in_features > _SHARED_BYTES:  # a row of activations is put in order there
         return ()
+    tiles: list[tuple[float, Tile]] = []
     for tokens in _TOKENS:
-        blocks = row_tiles * -(-count // tokens)
-        splits = 1
-        while splits < _MOST_SPLITS and 2 * splits * blocks <= processors:
-            splits *= 2
-        stage, stages = _stages(tokens, _word_rows(layout), _steps(layout, splits))
-        fits = stages * stage >= tokens * _RESULT_BYTES and blocks <= _MOST_BLOCKS
-        if fits and (tokens <= count or tokens == _TOKENS[0]):
-            waves = -(-blocks * splits // processors)
-            found[Tile(tokens, splits)] = waves * max(tokens, _LEAST_TOKENS) / splits
-    return tuple(sorted(found, key=lambda tile: found[tile]))[:3]
+        columns = -(-count // tokens)
+        if columns * row_tiles <= _MOST_BLOCKS and (tokens <= count or tokens == _TOKENS[0]):
+            cuts = [Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors)]
+            tiles += [(tile.time(columns, layout, processors), tile) for tile in cuts if tile.fits(layout)]
+    kinds: dict[tuple[int, int], Tile] = {}
+    for _, tile in sorted(tiles, key=lambda pair: pair[0]):
+        kinds.setdefault((tile.tokens, len(tile.parts)), tile)
+    return tuple(kinds.values())[:_MOST_TRIED]
+
+
+def _cuts(row_tiles: int, columns: int, processors: int) -> Iterator[tuple[Part, ...]]:
+    """One launch; or one that keeps all processors busy to its end, and one that has to split what is left."""
+    for splits, floors in _CLUSTERS:
+        part = Part(row_tiles, splits, floors)
+        yield (part,)
+        wave = _clusters(part.blocks, processors)
+        full = columns * part.stacks // wave * wave // columns * floors
+        if 0 < full < row_tiles:
+            for more in _CLUSTERS:
+                if more[0] > splits:
+                    yield Part(full, splits, floors), Part(row_tiles - full, *more)
+
+
+def _clusters(blocks: int, processors: int) -> int:
+    """Clusters that run at once: neighbours come in pairs at least."""
+    return processors // blocks if blocks <= 2 else processors // _NEIGHBOURS * (_NEIGHBOURS // blocks)
 
 
 @lru_cache(maxsize=4096)
@@ -139,12 +209,12 @@ def _stages(tokens: int, word_rows: int, steps: int) -> tuple[int, int]:
 
 
 def _steps(layout: Layout, splits: int) -> int:
-    """Steps of a block."""
+    """Steps of a block, at most."""
     return -(-len(layout.widths) // (2 * splits))
 
 
 @lru_cache(maxsize=4096)
-def _units(layout: Layout, rows: int, steps: int, device: torch.device) -> Tensor:
+def _units(layout: Layout, rows: int, device: torch.device) -> Tensor:
     table = segments_of(layout, rows, None)
-    table += [(0, 0, 0, 0)] * (2 * steps - len(table))
+    table += [(0, 0, 0, 0)] * (len(table) % 2)
     return torch.tensor(table, dtype=torch.int32, device=device)

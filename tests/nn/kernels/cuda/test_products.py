@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mpfx.nn import Layout, PackedWeight, pack
-from mpfx.nn.kernels import cuda, packed_linear, packed_linears
+from mpfx.nn.kernels import cuda, packed_linear, packed_linears, reference
 from mpfx.nn.kernels.cuda import tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.kept import cache_folder
-from mpfx.nn.kernels.cuda.tile import Tile, unpacks_in_registers
+from mpfx.nn.kernels.cuda.tile import Part, Tile, unpacks_in_registers
 from tests.nn.test_packing import random_weight
 
 pytestmark = [
@@ -136,7 +136,19 @@ def test_kernels_that_follow_each_other_in_a_graph_wait_for_each_other() -> None
         assert torch.equal(found, expected)
 
 
-TILES = [(132, 9, Tile(16, 1)), (516, 70, Tile(64, 2)), (256, 300, Tile(256, 1)), (384, 176, Tile(176, 4))]
+TILES = [
+    (132, 9, Tile(16, (Part(2, 1),))),
+    (516, 70, Tile(64, (Part(5, 2),))),
+    (256, 300, Tile(256, (Part(2, 1),))),
+    (384, 176, Tile(176, (Part(3, 4),))),
+    (516, 300, Tile(256, (Part(2, 1), Part(3, 3)))),
+    (388, 70, Tile(32, (Part(1, 2), Part(3, 8)))),
+    (1024, 600, Tile(256, (Part(4, 1, 2), Part(4, 2, 2)))),
+    (644, 180, Tile(176, (Part(2, 3, 2), Part(4, 4, 2)))),
+    (388, 100, Tile(64, (Part(4, 1, 4),))),
+    (516, 64, Tile(64, (Part(5, 1, 2),))),
+    (772, 100, Tile(128, (Part(4, 1), Part(1, 5), Part(2, 7)))),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,6 +173,37 @@ def test_tiles_unpack_the_weight_in_registers(
     tile.multiply(x, packed, order, bias, found)
     expected, size = moved @ dense.t() + bias.double(), moved.abs() @ dense.abs().t() + bias.double().abs()
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("parts", [(Part(4, 1, 2), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 1, 4))], ids=str)
+def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tuple[Part, ...]) -> None:
+    """A launch starts while the one before it runs, and activations are put in order where the last ones were."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    layers = [on_device(pack(random_weight(Layout(1024, (4,) * 32, 64), 1024, coded=True))) for _ in range(4)]
+    order = torch.randperm(1024).to(torch.uint16).cuda()
+    x = torch.randn(600, 1024, dtype=torch.bfloat16, device="cuda")
+
+    def run(x: Tensor) -> Tensor:
+        for layer in layers:
+            out = torch.empty_like(x)
+            Tile(128, parts).multiply(x, layer, order, None, out)
+            x = out / out.norm(dim=1, keepdim=True) if layer is layers[1] else out
+        return x
+
+    expected = run(x)
+    dense = x.double()
+    for layer in layers:
+        dense = reference(dense.float(), layer, order, None).double()
+        dense /= dense.norm(dim=1, keepdim=True)
+    assert float((expected.double() / expected.double().norm(dim=1, keepdim=True) - dense).norm()) < 0.05 * 600**0.5
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(x)
+    for _ in range(20):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])

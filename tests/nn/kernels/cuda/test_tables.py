@@ -1,7 +1,7 @@
 """What the CUDA kernels get from the host: tables, and files that are kept."""
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from mpfx.nn.kernels.cuda.weights import masked, segments_of, weight_macros
 from tests.nn.test_packing import random_weight
 
 CPU = torch.device("cpu")
+PROCESSORS = 132  # of an H100
 LAYOUT = Layout(500, (8, 8, 8, 5, 5, 16, 16, 4, 4, 4, 4, 0, 3, 3, 3, 1), 64)
 
 
@@ -71,35 +72,69 @@ def test_bits_of_a_mask_beyond_the_last_channel_are_not_counted() -> None:
     assert torch.equal(masked(weight).starts, expected)
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-
-
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("channels", [4096, 28672, 29568, 53248, 100_000])
 def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """227 KiB less the barriers of eight stages; cuts for many rows, whose blocks have all the channels."""
+    """227 KiB less the barriers of eight stages; most of it do blocks ask for that have all the channels."""
     launches: list[Launch] = []
     monkeypatch.setattr(tile, "kernel", lambda *_: lambda launch, arguments: launches.append(launch))
     segments = -(-channels // 32)
     layout = Layout(channels, ((6, 5, 4, 3) * segments)[:segments], 32)
     weight, x = pack(random_weight(layout, 4, coded=True)), torch.empty(512, channels, dtype=torch.bfloat16)
-    cuts = tile._tiles_for.__wrapped__(512, 64, layout, CPU)
-    assert {cut.splits for cut in cuts} == {1}
+    every = [tile.Tile(tokens, (tile.Part(1, 1),)) for tokens in tile._TOKENS]
+    cuts = [cut for cut in every if cut.fits(layout)]
     for cut in cuts:
         cut.multiply(x, weight, None, None, torch.empty(512, 4, dtype=torch.bfloat16))
     assert len(launches) == 2 * len(cuts) > 0
     assert max(launch.shared for launch in launches) <= (227 << 10) - 3 * 8 * 8
-    assert not tile._tiles_for.__wrapped__(512, 64, Layout(1 << 17, (4,) * (1 << 12), 32), CPU)  # a row is 256 KiB
+    long = Layout(1 << 17, (4,) * (1 << 12), 32)
+    assert not tile._tiles_for.__wrapped__(512, 64, long, PROCESSORS)  # a row of activations is 256 KiB
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("count", [1 << 12, 1 << 17, 1 << 20])
 def test_a_launch_has_no_more_blocks_than_there_can_be(count: int) -> None:
-    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), CPU)
+    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), PROCESSORS)
     assert bool(cuts) == (count < 1 << 20)
     assert all(112 * -(-count // cut.tokens) < 1 << 16 for cut in cuts)
+
+
+@pytest.mark.parametrize("row_tiles", [1, 3, 32, 86, 112, 500])
+@pytest.mark.parametrize("count", [16, 64, 512, 4096, 1 << 15])
+def test_parts_of_a_cut_have_all_rows_once(row_tiles: int, count: int) -> None:
+    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(4096, (4,) * 128, 64), PROCESSORS)
+    assert any(len(cut.parts) == 1 for cut in cuts)
+    for cut in cuts:
+        assert sum(part.tiles for part in cut.parts) == row_tiles
+        assert min(part.tiles for part in cut.parts) > 0
+        assert not any(part.tiles % part.floors for part in cut.parts[:-1])
+
+
+def test_what_would_leave_processors_idle_is_split() -> None:
+    """Of 172 blocks, 132 run at once; the 40 that are left are another wave, but a shorter one, if they are split."""
+    cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), PROCESSORS)
+    full, rest = next(cut.parts for cut in cuts if cut.tokens == 256)
+    assert full == tile.Part(66, 1, 2)
+    assert rest.tiles == 20
+    assert rest.splits > 1
+
+
+def test_launches_of_a_cut_go_through_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Launch, tile.Arguments]] = []
+
+    def kernel(_: str, name: str, *__: object) -> Callable[[Launch, tile.Arguments], None]:
+        return lambda launch, arguments: calls.append((name, launch, arguments))
+
+    monkeypatch.setattr(tile, "kernel", kernel)
+    weight, x = pack(random_weight(LAYOUT, 516, coded=True)), torch.empty(300, 500, dtype=torch.bfloat16)
+    cut = tile.Tile(256, (tile.Part(2, 1, 2), tile.Part(3, 3)))
+    cut.multiply(x, weight, None, None, torch.empty(300, 516, dtype=torch.bfloat16))
+    assert [name for name, _, _ in calls] == ["arrange", "tile", "tile"]
+    assert [launch.grid for _, launch, _ in calls] == [(512, 1), (2, 2), (3, 6)]
+    assert [(launch.cluster, launch.early) for _, launch, _ in calls] == [(1, False), (2, True), (3, True)]
+    assert [(given.first, given.tiles, given.splits, given.steps) for _, _, given in calls[1:]] == [
+        (0, 2, 1, 8),
+        (2, 3, 3, 8),
+    ]
+    assert len({given.arranged for _, _, given in calls}) == 1
 
 
 def test_orders_start_where_words_do() -> None:
