@@ -5,9 +5,6 @@ for the error, as ``H^-1`` says they can. Pruning and rounding error travel toge
 2023, on top of GPTQ, Frantar et al. 2023); widths may differ from channel to channel.
 """
 
-import logging
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +13,13 @@ from torch import Tensor
 from mpfx.nn.layout import LEFT_OUT, SEGMENT, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
 from mpfx.solve.coded import fit_coded_grid
+from mpfx.solve.device import has_kernels
 from mpfx.solve.grid import Grid, GridConfig, fit_grid, nearest
 from mpfx.solve.mask import Sparsity, prune_n_of_m
 from mpfx.solve.state import SweepState
 
 if TYPE_CHECKING:
     from mpfx.solve.cuda import KernelSweep
-
-logger = logging.getLogger("mpfx.solve")
 
 _TILE = 1024  # channels of a symmetric product that are computed at a time
 
@@ -60,20 +56,11 @@ def sweep(
 
 def _solver(weight: Tensor, layout: Layout) -> "type[ChannelSweep | KernelSweep]":
     """Kernels where there are any: on CUDA devices, and for channels in segments of one width."""
-    if weight.device.type != "cuda" or layout.segment != SEGMENT or not _has_triton():
+    if layout.segment != SEGMENT or not has_kernels(weight.device):
         return ChannelSweep
     from mpfx.solve.cuda import KernelSweep
 
     return KernelSweep
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether Triton is there, which comes with PyTorch's CUDA builds for Linux."""
-    found = find_spec("triton") is not None
-    if not found:
-        logger.warning("Triton is not installed: weights are swept channel by channel in PyTorch, many times slower.")
-    return found
 
 
 class ChannelSweep(SweepState):
