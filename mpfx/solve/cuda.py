@@ -89,7 +89,7 @@ class KernelSweep(SweepState):
             *self._grids(), start // SEGMENT, stop // SEGMENT, self.channels, self.rows, len(self.upper),
             COUNT=count, AHEAD=min(_AHEAD, count), **self.options,
         )  # fmt: skip
-        self.compensate(self.errors[: stop - start], slice(start, stop), stop, len(self.work))
+        self.carry_on(self.errors[: stop - start], slice(start, stop))
 
     def _programs(self) -> tuple[int]:
         return (-(-self.rows // _ROWS),)

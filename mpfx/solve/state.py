@@ -28,6 +28,7 @@ class SweepState:
         zero: likewise, code of the value 0.
         scale_codes: likewise, int32, where scales are coded.
         bases: of coded scales; None: scales are float16 values.
+        squared: per row the squares of all errors ``(w - q) / U_jj`` so far, ``(rows,)`` float64.
         large: groups that go on behind the panel that they start in, with the numbers of their grids, by first channel.
     """
 
@@ -38,6 +39,7 @@ class SweepState:
         rows, device = self.work.shape[1], weight.device
         self.codes = torch.empty(self.work.shape, dtype=torch.int32, device=device)
         self.pruned = torch.zeros(self.work.shape, dtype=torch.bool, device=device)
+        self.squared = torch.zeros(rows, dtype=torch.float64, device=device)
         self.upper, self.layout, self.config, self.sparsity = upper, layout, config, sparsity
         self.bases = fit_bases(self.work, layout, config) if config.scale_bits == SCALE_BITS else None
         self.scale, self.zero = (torch.empty(len(layout.grids), rows, device=device) for _ in range(2))
@@ -67,6 +69,11 @@ class SweepState:
     def saliency(self, inside: slice) -> Tensor:
         """``w^2 / U_jj^2``, ``(channels, rows)``: the error that pruning a weight makes."""
         return self.work[inside].square().div_(self.upper.diagonal()[inside, None].square())
+
+    def carry_on(self, errors: Tensor, done: slice) -> None:
+        """Let all later channels make up for the errors ``(channels, rows)`` of those that are done."""
+        self.squared += errors.square().sum(0, dtype=torch.float64)
+        self.compensate(errors, done, done.stop, len(self.work))
 
     def compensate(self, errors: Tensor, done: slice, start: int, stop: int) -> None:
         """Let channels ``start .. stop-1`` make up for the errors ``(channels, rows)`` of those that are done."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpfx.nn import Layout, pack, unpack
 from mpfx.nn.scales import decoded
-from mpfx.solve import GridConfig, Sparsity, layer_error, prune_lowest, refine, sweep
+from mpfx.solve import GridConfig, Sparsity, layer_error, measured_sweep, prune_lowest, refine, sweep
 from mpfx.solve.refine import ChannelDescent
 from mpfx.solve.sweep import ChannelSweep
 from tests.solve.test_sweep import problem, upper_of
@@ -57,7 +57,10 @@ def test_agrees_with_pytorch(
     weight, h = problem(rows, channels)
     upper, layout, sparsity = upper_of(h), Layout(channels, widths, config.group_size), Sparsity.parse(pattern)
     expected = ChannelSweep(weight, upper, layout, config, sparsity).solve()
-    found = sweep(weight.cuda(), upper.cuda(), layout, config, sparsity)
+    found, damped = measured_sweep(weight.cuda(), upper.cuda(), layout, config, sparsity)
+    off = weight.cuda() - found.dequantize()
+    pushed = torch.linalg.solve_triangular(upper.cuda().double(), off.double(), upper=True, left=False)  # off = E U
+    torch.testing.assert_close(damped, pushed.square().sum(1), rtol=1e-3, atol=0)
     dense = found.dequantize().cpu()
     errors = [layer_error(weight, part, h) for part in (dense, expected.dequantize())]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
