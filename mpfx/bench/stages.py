@@ -46,7 +46,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (frontier, "factor_diagonal", "factor"),
     (frontier, "with_curves", "curves"),
     (solve, "factorise", "factor"),
-    (solve, "sweep", "sweep"),
+    (solve, "measured_sweep", "sweep"),
     (solve, "refine", "refine"),
     (solve, "pack", "encode"),
     (solve, "layer_error", "error"),

@@ -31,7 +31,7 @@ from mpfx.passes.observe import (
 from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.report import SiteReport
-from mpfx.solve import factorise, layer_error, refine, sweep
+from mpfx.solve import factorise, layer_error, measured_sweep, refine
 from mpfx.stats import Moments, Sensitivity, Sums
 
 SOLVED = "mpfx_solved"
@@ -139,14 +139,17 @@ def solve_group(
         weight, moments = weight[:, order], moments.reordered(order)
     factor = factorise(moments.hessian, config.damping)
     target = corrected(weight, moments, factor.upper, config.correction)
-    solved = sweep(target, factor.upper, plan.layout, plan.grid, plan.sparsity)
-    if plan.sparsity and config.refine:
+    solved, damped = measured_sweep(target, factor.upper, plan.layout, plan.grid, plan.sparsity)
+    refined = bool(plan.sparsity) and config.refine > 0
+    if refined:
         solved = refine(target, solved, moments.hessian, factor.damping, config.refine)
     packed, errors, first = {}, {}, 0
     for path, rows in plan.rows.items():
-        part = solved.rows(slice(first, first + rows))
+        inside = slice(first, first + rows)
+        part = solved.rows(inside)
         packed[path] = pack(part)
-        errors[path] = layer_error(target[first : first + rows], part.dequantize(), moments.hessian)
+        known = (None, 0.0) if refined else (damped[inside], factor.ridge)
+        errors[path] = layer_error(target[inside], part.dequantize(), moments.hessian, *known)
         first += rows
     for path, error in errors.items():
         logger.debug("%s: relative error %.4g, damping %g", path, error, factor.damping)

@@ -1,4 +1,4 @@
-"""The sweep on a CUDA device: one launch a panel, and one matrix product that carries its errors to later panels."""
+"""Solving on a CUDA device: one launch a panel, and one matrix product between a panel and all other channels."""
 
 from collections.abc import Container, Iterator
 from functools import cache
@@ -6,18 +6,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mpfx.nn.layout import PANEL, SCALE_BITS, SEGMENT, WIDTHS, Layout, Span
+from mpfx.nn.layout import LEFT_OUT, PANEL, SCALE_BITS, SEGMENT, WIDTHS, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
 from mpfx.nn.scales import FACTORS
 from mpfx.solve.coded import tried
+from mpfx.solve.descent import descent_kernel
 from mpfx.solve.grid import GridConfig, as_float16, shrinks
+from mpfx.solve.lowest import BINS, DIGITS, histogram_kernel, mark_kernel, ties_kernel
 from mpfx.solve.mask import Sparsity
 from mpfx.solve.panels import fit_kernel, panel_kernel
-from mpfx.solve.state import SweepState
+from mpfx.solve.state import DescentState, SweepState
 
 _ROWS = 32  # of a program: one warp, one row a lane
 _AHEAD = 4  # later channels that make up for errors at a time
 _AT_A_TIME = 8  # channels in registers; fewer where n of fewer are chosen, on weights that are up to date
+_BLOCK = 4096  # numbers that a program looks through for the lowest ones
 
 
 class KernelSweep(SweepState):
@@ -41,9 +44,8 @@ class KernelSweep(SweepState):
     def _pad(self, missing: int) -> None:
         if not missing:
             return
-        below, pad = (0, 0, 0, missing), torch.nn.functional.pad
-        self.work, self.codes, self.pruned = (pad(t, below) for t in (self.work, self.codes, self.pruned))
-        self.upper = pad(self.upper, (0, missing, 0, missing))
+        self.work, self.codes, self.pruned = (_padded(t, missing) for t in (self.work, self.codes, self.pruned))
+        self.upper = _padded(self.upper, missing, missing)
         self.upper.diagonal()[-missing:] = 1.0
 
     def solve(self) -> QuantizedWeight:
@@ -87,14 +89,92 @@ class KernelSweep(SweepState):
             *self._grids(), start // SEGMENT, stop // SEGMENT, self.channels, self.rows, len(self.upper),
             COUNT=count, AHEAD=min(_AHEAD, count), **self.options,
         )  # fmt: skip
-        self.compensate(self.errors[: stop - start], slice(start, stop), stop, len(self.work))
+        self.carry_on(self.errors[: stop - start], slice(start, stop))
 
     def _programs(self) -> tuple[int]:
-        return (-(-self.rows // self.options["ROWS"]),)
+        return (-(-self.rows // _ROWS),)
 
     def _grids(self) -> tuple[Tensor | None, ...]:
         bases = (None, None) if self.bases is None else (self.bases.row, self.bases.group)
         return (self.factors, self.steps, *bases, self.scale, self.zero, self.scale_codes)
+
+
+class KernelDescent(DescentState):
+    """A refinement whose panels are solved by kernels.
+
+    Channels are padded to whole segments: with codes of zero that stay, as no input reaches them.
+    """
+
+    def __init__(self, weight: Tensor, solved: QuantizedWeight, hessian: Tensor, damping: float) -> None:
+        super().__init__(weight, solved)
+        self.channels, rows = self.codes.shape
+        self.off = self.off.contiguous()
+        self.ridge = float(damping * hessian.diagonal().mean())
+        diagonal = hessian.diagonal() + self.ridge
+        self.inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)  # 0: any value is as good, it stays
+        self.hessian, self.zero = hessian.contiguous(), self.zero.contiguous()
+        self._pad(-self.channels % SEGMENT)
+        self.table = torch.tensor(_table(self.layout, ()), dtype=torch.int32, device=weight.device)
+        self.pull = torch.empty(PANEL, rows, device=weight.device)
+        self.changed = torch.zeros(1, dtype=torch.int32, device=weight.device)
+
+    def _pad(self, missing: int) -> None:
+        if not missing:
+            return
+        self.codes, self.off = _padded(self.codes, missing), _padded(self.off, missing)
+        self.pruned = None if self.pruned is None else _padded(self.pruned, missing)
+        self.hessian, self.inverse = _padded(self.hessian, missing, missing), _padded(self.inverse[:, None], missing)
+
+    def cycle(self) -> bool:
+        """Solve all channels; whether a code has changed."""
+        self.changed.zero_()
+        for start in range(0, len(self.codes), PANEL):
+            widths = self.layout.widths[start // SEGMENT : (start + PANEL) // SEGMENT]
+            if any(bits != LEFT_OUT for bits in widths):
+                self._solve_channels(start, start + len(widths) * SEGMENT)
+        return bool(self.changed)
+
+    def result(self) -> Tensor:
+        """Codes, ``(rows, in)``."""
+        return self.codes[: self.channels].t().contiguous()
+
+    def _solve_channels(self, start: int, stop: int) -> None:
+        inside, rows = slice(start, stop), self.codes.shape[1]
+        pull = self.pull[: stop - start]
+        torch.addmm(self.off[inside], self.hessian[inside], self.off, beta=self.ridge, out=pull)
+        descent_kernel[(-(-rows // _ROWS),)](
+            pull, self.off, self.codes, None if self.pruned is None else self.pruned.view(torch.int8), self.hessian,
+            self.inverse, self.table, self.scale, self.zero, self.changed, start // SEGMENT, stop // SEGMENT, rows,
+            len(self.hessian), MASKED=self.pruned is not None, COUNT=_AT_A_TIME, AHEAD=_AHEAD, ROWS=_ROWS, num_warps=1,
+        )  # fmt: skip
+
+
+def lowest(values: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` lowest values, the first ones of equals, without waiting for the device.
+
+    Args:
+        values: float32, not negative, any shape, fewer than 2^31.
+        count: 1 .. values.numel().
+
+    Returns:
+        bool of the same shape.
+    """
+    values, size = values.contiguous(), values.numel()
+    programs = (-(-size // _BLOCK),)
+    histograms = torch.zeros(DIGITS, BINS, dtype=torch.int32, device=values.device)
+    for known in range(DIGITS):
+        histogram_kernel[programs](values, histograms, size, count, KNOWN=known, BLOCK=_BLOCK)
+    ties = torch.empty(programs, dtype=torch.int32, device=values.device)
+    ties_kernel[programs](values, histograms, ties, size, count, BLOCK=_BLOCK)
+    marked = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    upto = ties.cumsum(0, dtype=torch.int32)
+    mark_kernel[programs](values, histograms, upto, marked.view(torch.int8), size, count, BLOCK=_BLOCK)
+    return marked
+
+
+def _padded(values: Tensor, below: int, right: int = 0) -> Tensor:
+    """More rows, and columns, of zeros."""
+    return torch.nn.functional.pad(values, (0, right, 0, below))
 
 
 def _options(config: GridConfig, sparsity: Sparsity) -> dict[str, int]:

@@ -14,16 +14,18 @@ _SMALLEST = 512  # channels of a triangle that is inverted as a whole
 
 @dataclass(frozen=True)
 class Factor:
-    """Upper Cholesky factor U of the damped inverse: ``inverse(H + damping * mean(diag H) * I) = U^T U``.
+    """Upper Cholesky factor U of the damped inverse: ``inverse(H + ridge * I) = U^T U``.
 
     Attributes:
         upper: ``(in, in)`` float32.
         damping: the fraction of the mean diagonal that was added.
+        ridge: what that is.
         fallback: what had to be tried beyond the asked damping in float32; None where nothing had to.
     """
 
     upper: Tensor
     damping: float
+    ridge: float
     fallback: str | None = None
 
     @property
@@ -78,6 +80,7 @@ def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) 
         return Factor(
             torch.eye(len(hessian), device=hessian.device),
             0.0,
+            0.0,
             "no activation ever reached the input: rounded to nearest",
         )
     tried: list[str] = []
@@ -85,7 +88,8 @@ def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) 
         for fraction in (damping * step for step in _LADDER):
             upper = _upper_of_inverse(hessian.to(dtype), fraction * mean, invert)
             if upper is not None and bool(torch.isfinite(upper).all()):
-                return Factor(upper.float(), fraction, f"Cholesky failed with {', '.join(tried)}" if tried else None)
+                fallback = f"Cholesky failed with {', '.join(tried)}" if tried else None
+                return Factor(upper.float(), fraction, fraction * mean, fallback)
             tried.append(f"damping {fraction:g} in {str(dtype).removeprefix('torch.')}")
     raise ValueError(
         f"the Hessian of the inputs cannot be factorised; tried {', '.join(tried)}. Calibrate on more tokens than "

@@ -162,6 +162,15 @@ def fit_kernel(
 
 
 @triton.jit
+def nearest(w, scale, inverse_scale, zero, top, bits, out):
+    """The nearest codes, and the values that they stand for; zero where weights are ``out``."""
+    whole, half = steps_of(w, inverse_scale, zero, top), w.to(tl.float16)
+    raw = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    code = tl.where(out, 0, tl.where(bits == RAW_BITS, raw, (whole + zero).to(tl.int32)))
+    return code, tl.where(out, 0.0, tl.where(bits == RAW_BITS, half.to(tl.float32), whole * scale))
+
+
+@triton.jit
 def solve_few(
     work_ptr, pruned_ptr, codes_ptr, errors_ptr, upper_ptr, inverse_ptr, rows, stride, scale, zero, bits, live,
     MASKED: tl.constexpr, COUNT: tl.constexpr,
@@ -175,10 +184,7 @@ def solve_few(
         w, out = weights[0], (bits == LEFT_OUT) & live
         if MASKED:
             out = out | (tl.load(pruned_ptr + j * rows, mask=live, other=0) != 0)
-        whole, half = steps_of(w, inverse_scale, zero, top), w.to(tl.float16)
-        raw = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        code = tl.where(out, 0, tl.where(bits == RAW_BITS, raw, (whole + zero).to(tl.int32)))
-        q = tl.where(out, 0.0, tl.where(bits == RAW_BITS, half.to(tl.float32), whole * scale))
+        code, q = nearest(w, scale, inverse_scale, zero, top, bits, out)
         error = (w - q) * tl.load(inverse_ptr + j)
         later = ()
         for k in tl.static_range(1, COUNT - j):

@@ -5,14 +5,19 @@ be moved to better codes. With a mask that lowers the error of the layer by 10 t
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mpfx.nn.layout import LEFT_OUT, SEGMENT, Span
+from mpfx.nn.layout import LEFT_OUT, SEGMENT, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
-from mpfx.nn.scales import decoded
+from mpfx.solve.device import has_kernels
 from mpfx.solve.grid import Grid, nearest
+from mpfx.solve.state import DescentState
+
+if TYPE_CHECKING:
+    from mpfx.solve.cuda import KernelDescent
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -35,31 +40,49 @@ def refine(
     Returns:
         The weight with other codes.
     """
-    state = _Descent(weight, solved, hessian, damping)
+    state = _solver(weight, solved.layout)(weight, solved, hessian, damping)
     for _ in range(passes):
-        before = state.codes.clone()
-        for panel in solved.layout.panels:
-            if panel.bits != LEFT_OUT:
-                state.solve_panel(panel)
-        if torch.equal(before, state.codes):
+        if not state.cycle():
             break
-    return replace(solved, codes=state.codes.t().contiguous())
+    return replace(solved, codes=state.result())
 
 
-class _Descent:
-    """What goes from channel to channel; weights are channels first."""
+def _solver(weight: Tensor, layout: Layout) -> "type[ChannelDescent | KernelDescent]":
+    """Kernels where there are any, as for the sweep."""
+    if layout.segment != SEGMENT or not has_kernels(weight.device):
+        return ChannelDescent
+    from mpfx.solve.cuda import KernelDescent
+
+    return KernelDescent
+
+
+class ChannelDescent(DescentState):
+    """A refinement in plain PyTorch, on any device."""
 
     def __init__(self, weight: Tensor, solved: QuantizedWeight, hessian: Tensor, damping: float) -> None:
+        super().__init__(weight, solved)
         self.hessian = hessian.clone()
         self.hessian.diagonal().add_(damping * hessian.diagonal().mean())
         self.diagonal = self.hessian.diagonal().tolist()
         self.values = solved.dequantize().t().contiguous()  # (in, rows): Q
-        self.off = weight.t() - self.values  # W - Q
-        self.codes = solved.codes.t().contiguous().clone()
-        self.pruned = None if solved.kept is None else ~solved.kept.t()
-        self.grids = _grids(solved)
+        self.grids = self._grids()
 
-    def solve_panel(self, panel: Span) -> None:
+    def cycle(self) -> bool:
+        """Solve all channels; whether a code has changed."""
+        changed = False
+        for panel in self.layout.panels:
+            if panel.bits != LEFT_OUT:
+                inside = slice(panel.start, panel.stop)
+                before = self.codes[inside].clone()
+                self._solve_panel(panel)
+                changed = changed or not torch.equal(before, self.codes[inside])
+        return changed
+
+    def result(self) -> Tensor:
+        """Codes, ``(rows, in)``."""
+        return self.codes.t().contiguous()
+
+    def _solve_panel(self, panel: Span) -> None:
         """Solve the channels of a panel; what they do to later panels shows when these are reached."""
         pull = self.hessian[panel.start : panel.stop] @ self.off  # (channels, rows): H' (W - Q), of the panel
         for start in range(panel.start, panel.stop, SEGMENT):
@@ -92,16 +115,12 @@ class _Descent:
         self.codes[j] = codes
         return values
 
-
-def _grids(solved: QuantizedWeight) -> list[Grid | None]:
-    """The grid of every channel; none of raw channels and those left out."""
-    scales, of_channels = decoded(solved.scales, solved.layout).t().contiguous(), list[Grid | None]()
-    index = 0
-    for group in solved.layout.groups:
-        grid = None
-        if group.quantized:
-            middle = torch.full_like(scales[index], 1 << group.bits - 1)
-            zero = middle if solved.zeros is None else solved.zeros[:, index].float()
-            grid, index = Grid(scales[index], zero, group.bits), index + 1
-        of_channels += [grid] * group.channels
-    return of_channels
+    def _grids(self) -> list[Grid | None]:
+        """The grid of every channel; none of raw channels and those left out."""
+        of_channels, index = list[Grid | None](), 0
+        for group in self.layout.groups:
+            grid = None
+            if group.quantized:
+                grid, index = Grid(self.scale[index], self.zero[index], group.bits), index + 1
+            of_channels += [grid] * group.channels
+        return of_channels

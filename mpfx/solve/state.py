@@ -1,4 +1,4 @@
-"""What a sweep carries from panel to panel, whoever solves the panels."""
+"""What a sweep, or the refinement after it, carries from panel to panel, whoever solves the panels."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpfx.nn.layout import LEFT_OUT, SCALE_BITS, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
-from mpfx.nn.scales import CodedScales, Scales
+from mpfx.nn.scales import CodedScales, Scales, decoded
 from mpfx.solve.coded import fit_bases
 from mpfx.solve.grid import GridConfig
 from mpfx.solve.mask import Sparsity, prune_lowest
@@ -28,6 +28,7 @@ class SweepState:
         zero: likewise, code of the value 0.
         scale_codes: likewise, int32, where scales are coded.
         bases: of coded scales; None: scales are float16 values.
+        squared: per row the squares of all errors ``(w - q) / U_jj`` so far, ``(rows,)`` float64.
         large: groups that go on behind the panel that they start in, with the numbers of their grids, by first channel.
     """
 
@@ -38,6 +39,7 @@ class SweepState:
         rows, device = self.work.shape[1], weight.device
         self.codes = torch.empty(self.work.shape, dtype=torch.int32, device=device)
         self.pruned = torch.zeros(self.work.shape, dtype=torch.bool, device=device)
+        self.squared = torch.zeros(rows, dtype=torch.float64, device=device)
         self.upper, self.layout, self.config, self.sparsity = upper, layout, config, sparsity
         self.bases = fit_bases(self.work, layout, config) if config.scale_bits == SCALE_BITS else None
         self.scale, self.zero = (torch.empty(len(layout.grids), rows, device=device) for _ in range(2))
@@ -66,7 +68,12 @@ class SweepState:
 
     def saliency(self, inside: slice) -> Tensor:
         """``w^2 / U_jj^2``, ``(channels, rows)``: the error that pruning a weight makes."""
-        return self.work[inside].square() / self.upper.diagonal()[inside, None].square()
+        return self.work[inside].square().div_(self.upper.diagonal()[inside, None].square())
+
+    def carry_on(self, errors: Tensor, done: slice) -> None:
+        """Let all later channels make up for the errors ``(channels, rows)`` of those that are done."""
+        self.squared += errors.square().sum(0, dtype=torch.float64)
+        self.compensate(errors, done, done.stop, len(self.work))
 
     def compensate(self, errors: Tensor, done: slice, start: int, stop: int) -> None:
         """Let channels ``start .. stop-1`` make up for the errors ``(channels, rows)`` of those that are done."""
@@ -87,6 +94,33 @@ class SweepState:
         if self.bases is None:
             return self.scale.t().contiguous().half()
         return CodedScales.of(self.scale_codes.t(), self.bases.row, self.bases.group)
+
+
+class DescentState:
+    """Codes of a solved weight and how far off they are, all of them channels first.
+
+    Args:
+        weight: see :func:`mpfx.solve.refine`, likewise all others; not changed.
+
+    Attributes:
+        codes: ``(in, rows)`` int32.
+        off: ``(in, rows)`` float32: W - Q.
+        pruned: ``(in, rows)`` bool; None: nothing is.
+        scale: of every grid, ``(grids, rows)`` float32.
+        zero: likewise, code of the value 0.
+    """
+
+    def __init__(self, weight: Tensor, solved: QuantizedWeight) -> None:
+        self.codes = solved.codes.t().clone(memory_format=torch.contiguous_format)
+        self.off = solved.dequantize().neg_().add_(weight).t()
+        self.pruned = None if solved.kept is None else ~solved.kept.t().contiguous()
+        self.layout = solved.layout
+        self.scale = decoded(solved.scales, solved.layout).t().contiguous()
+        self.zero = self._middles() if solved.zeros is None else solved.zeros.t().float()
+
+    def _middles(self) -> Tensor:
+        middles = [float(1 << grid.bits - 1) for grid in self.layout.grids]
+        return torch.tensor(middles, device=self.scale.device)[:, None].expand(self.scale.shape)
 
 
 def _is_large(group: Span, layout: Layout) -> bool:

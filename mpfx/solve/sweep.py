@@ -5,9 +5,6 @@ for the error, as ``H^-1`` says they can. Pruning and rounding error travel toge
 2023, on top of GPTQ, Frantar et al. 2023); widths may differ from channel to channel.
 """
 
-import logging
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from mpfx.nn.layout import LEFT_OUT, SEGMENT, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
 from mpfx.solve.coded import fit_coded_grid
+from mpfx.solve.device import has_kernels
 from mpfx.solve.grid import Grid, GridConfig, fit_grid, nearest
 from mpfx.solve.mask import Sparsity, prune_n_of_m
 from mpfx.solve.state import SweepState
@@ -23,9 +21,9 @@ from mpfx.solve.state import SweepState
 if TYPE_CHECKING:
     from mpfx.solve.cuda import KernelSweep
 
-logger = logging.getLogger("mpfx.solve")
-
 _TILE = 1024  # channels of a symmetric product that are computed at a time
+
+_CANCELLED = 0.05  # share of a damped error below which too few digits are left once the damping's own is taken off
 
 
 def sweep(
@@ -50,30 +48,35 @@ def sweep(
     Raises:
         ValueError: if weights are not finite, or too large for float16 scales or bases or raw float16 channels.
     """
+    return measured_sweep(weight, upper, layout, grid, sparsity)[0]
+
+
+def measured_sweep(
+    weight: Tensor, upper: Tensor, layout: Layout, grid: GridConfig, sparsity: Sparsity | None = None
+) -> tuple[QuantizedWeight, Tensor]:
+    """Sweep, and tell the error that is made; arguments, and what is raised, are those of :func:`sweep`.
+
+    Returns:
+        What :func:`sweep` does, and of every row ``(W - Q) H' (W - Q)^T``, with H' the Hessian that was factored, its
+        damping included; ``(out,)`` float64. No product is needed for that: with ``E = (W - Q) U^-1`` the errors that
+        are pushed on and ``H'^-1 = U^T U``, it is ``E E^T``.
+    """
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weights hold NaN or infinity: the layer is damaged.")
-    solved = _solver(weight, layout)(weight, upper, layout, grid, sparsity or Sparsity()).solve()
+    state = _solver(weight, layout)(weight, upper, layout, grid, sparsity or Sparsity())
+    solved = state.solve()
     if not bool(torch.isfinite(solved.dequantize()).all()):
         raise ValueError("the solved weights are not finite: raw channels hold values that float16 cannot.")
-    return solved
+    return solved, state.squared
 
 
 def _solver(weight: Tensor, layout: Layout) -> "type[ChannelSweep | KernelSweep]":
     """Kernels where there are any: on CUDA devices, and for channels in segments of one width."""
-    if weight.device.type != "cuda" or layout.segment != SEGMENT or not _has_triton():
+    if layout.segment != SEGMENT or not has_kernels(weight.device):
         return ChannelSweep
     from mpfx.solve.cuda import KernelSweep
 
     return KernelSweep
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether Triton is there, which comes with PyTorch's CUDA builds for Linux."""
-    found = find_spec("triton") is not None
-    if not found:
-        logger.warning("Triton is not installed: weights are swept channel by channel in PyTorch, many times slower.")
-    return found
 
 
 class ChannelSweep(SweepState):
@@ -100,7 +103,7 @@ class ChannelSweep(SweepState):
                 stop = min(start + SEGMENT, last)
                 self._solve_segment(start, stop, panel, errors[start - first : stop - first])
                 self.compensate(errors[start - first : stop - first], slice(start, stop), stop, last)
-            self.compensate(errors, slice(first, last), last, len(self.work))
+            self.carry_on(errors, slice(first, last))
 
     def _solve_segment(self, start: int, stop: int, panel: Span, errors: Tensor) -> None:
         """Solve channels ``start .. stop-1`` one after the other; writes ``(w - q) / U_jj`` into ``errors``."""
@@ -149,19 +152,32 @@ class ChannelSweep(SweepState):
         self.pruned[inside] = prune_n_of_m(self.saliency(inside), self.sparsity)
 
 
-def layer_error(weight: Tensor, solved: Tensor, hessian: Tensor) -> float:
+def layer_error(
+    weight: Tensor, solved: Tensor, hessian: Tensor, damped: Tensor | None = None, ridge: float = 0.0
+) -> float:
     """Relative squared error of the layer's output: ``tr(D H D^T) / tr(W H W^T)`` with ``D = W - solved``.
 
     Args:
         weight: ``(out, in)``.
         solved: ``(out, in)``, channels in the same order.
         hessian: ``(in, in)``, likewise.
+        damped: of every row ``d (H + ridge I) d^T``, ``(out,)`` float64, where that is known (:func:`measured_sweep`):
+            it saves half of the work.
+        ridge: see there (:attr:`mpfx.solve.Factor.ridge`).
 
     Returns:
         The ratio; 0 where the weight's own output is zero.
     """
     size = quadratic_form(weight, hessian)
-    return quadratic_form(weight - solved, hessian) / size if size > 0 else 0.0
+    if size <= 0:
+        return 0.0
+    off = weight - solved
+    if damped is not None:
+        total = float(damped.sum())
+        error = total - ridge * float(torch.linalg.vector_norm(off, dtype=torch.float64)) ** 2
+        if error > _CANCELLED * total:
+            return error / size
+    return quadratic_form(off, hessian) / size
 
 
 def quadratic_form(rows: Tensor, hessian: Tensor) -> float:

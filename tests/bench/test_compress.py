@@ -93,7 +93,7 @@ def test_unguided_is_plain_unless_told_otherwise() -> None:
 
 def test_nothing_is_left_wrapped(folder: str) -> None:
     def wrapped() -> list[Any]:
-        return [vars(Pack)["__call__"], vars(solve)["sweep"], vars(MomentAccumulator)["update"]]
+        return [vars(Pack)["__call__"], vars(solve)["measured_sweep"], vars(MomentAccumulator)["update"]]
 
     before = wrapped()
     inside: list[Any] = []

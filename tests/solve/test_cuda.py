@@ -1,5 +1,6 @@
-"""The sweep's kernels against the sweep in PyTorch, on poisoned buffers."""
+"""The kernels of the sweep, of masks and of the refinement against PyTorch, on poisoned buffers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from mpfx.nn import Layout, pack, unpack
 from mpfx.nn.scales import decoded
-from mpfx.solve import GridConfig, Sparsity, layer_error, prune_lowest, sweep
+from mpfx.solve import GridConfig, Sparsity, layer_error, measured_sweep, prune_lowest, refine, sweep
+from mpfx.solve.refine import ChannelDescent
 from mpfx.solve.sweep import ChannelSweep
 from tests.solve.test_sweep import problem, upper_of
 
@@ -55,7 +57,10 @@ def test_agrees_with_pytorch(
     weight, h = problem(rows, channels)
     upper, layout, sparsity = upper_of(h), Layout(channels, widths, config.group_size), Sparsity.parse(pattern)
     expected = ChannelSweep(weight, upper, layout, config, sparsity).solve()
-    found = sweep(weight.cuda(), upper.cuda(), layout, config, sparsity)
+    found, damped = measured_sweep(weight.cuda(), upper.cuda(), layout, config, sparsity)
+    off = weight.cuda() - found.dequantize()
+    pushed = torch.linalg.solve_triangular(upper.cuda().double(), off.double(), upper=True, left=False)  # off = E U
+    torch.testing.assert_close(damped, pushed.square().sum(1), rtol=1e-3, atol=0)
     dense = found.dequantize().cpu()
     errors = [layer_error(weight, part, h) for part in (dense, expected.dequantize())]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
@@ -92,7 +97,70 @@ def test_weights_that_no_grid_can_hold_are_refused(value: float, message: str, s
         sweep(weight.cuda(), upper_of(h).cuda(), Layout(64, (4, 4)), GridConfig(scale_bits=scale_bits))
 
 
-def test_the_lowest_are_pruned_in_storage_order() -> None:
-    scores = torch.randint(0, 9, (40, 50)).float()
-    for count in (0, 1, 777, 2000):
-        assert torch.equal(prune_lowest(scores.cuda(), count).cpu(), prune_lowest(scores, count))
+@pytest.mark.parametrize("shape", [(1,), (40, 50), (128, 77), (3, 4096), (128, 5504)])
+@pytest.mark.parametrize("kind", ["random", "few", "zero", "wide", "infinite"])
+def test_the_lowest_are_pruned_in_storage_order(shape: tuple[int, ...], kind: str) -> None:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    if kind == "few":
+        scores = (9 * scores).floor()
+    elif kind == "zero":
+        scores = torch.where(scores < 0.5, 0.0, -0.0)
+    elif kind == "wide":  # float32's whole range, subnormal numbers too
+        scores = (270 * scores - 142).exp2()
+    elif kind == "infinite":
+        scores = torch.where(scores < 0.4, scores, torch.inf)
+    size = scores.numel()
+    for count in {0, 1, 2 * size // 5, size // 2, size - 1, size}:
+        expected = torch.zeros(size, dtype=torch.bool)
+        expected[scores.flatten().sort(stable=True).indices[:count]] = True
+        assert torch.equal(prune_lowest(scores.cuda(), count).cpu(), expected.view(shape))
+        assert torch.equal(prune_lowest(scores.cuda().double(), count).cpu(), expected.view(shape))  # is sorted
+    assert torch.equal(prune_lowest(scores.cuda().t(), size // 3).cpu(), prune_lowest(scores.t(), size // 3))
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("pattern", [None, 0.5, "2:4"])
+@pytest.mark.parametrize(("rows", "channels", "passes"), [(77, 320, 1), (77, 320, 3), (37, 293, 2)])
+def test_refinement_agrees_with_pytorch(
+    widths: tuple[int, ...],
+    config: GridConfig,
+    pattern: float | str | None,
+    rows: int,
+    channels: int,
+    passes: int,
+) -> None:
+    weight, h = problem(rows, channels)
+    layout = Layout(channels, widths, config.group_size)
+    solved = sweep(weight.cuda(), upper_of(h).cuda(), layout, config, Sparsity.parse(pattern))
+    silent = [3, channels // 2, channels - 1]  # channels that get neither input nor damping
+    h[silent], h[:, silent] = 0.0, 0.0
+    for damping in (0.0, 0.01):
+        slow = ChannelDescent(weight.cuda(), solved, h.cuda(), damping)
+        for _ in range(passes):
+            if not slow.cycle():
+                break
+        expected, found = slow.result(), refine(weight.cuda(), solved, h.cuda(), damping, passes)
+        assert float((found.codes != expected).double().mean()) < 0.02  # ties, and what follows from them
+        errors = [layer_error(weight, replace(solved, codes=c).dequantize().cpu(), h) for c in (found.codes, expected)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+        if not damping:
+            assert torch.equal(found.codes[:, silent], solved.codes[:, silent])
+        if solved.kept is not None:
+            assert not bool(found.codes[~solved.kept].any())
+        assert torch.equal(refine(weight.cuda(), solved, h.cuda(), damping, passes).codes, found.codes)
+
+
+def test_refinement_tells_whether_a_code_has_changed() -> None:
+    from mpfx.solve.cuda import KernelDescent
+
+    weight, h = problem(40, 100)
+    solved = sweep(weight.cuda(), upper_of(h).cuda(), Layout(100, (4, 3, 2, 2)), GridConfig(), Sparsity(0.5))
+    state = KernelDescent(weight.cuda(), solved, h.cuda(), 0.01)
+    before, cycles = state.result(), 0
+    while state.cycle():
+        assert not torch.equal(state.result(), before)
+        before, cycles = state.result(), cycles + 1
+        assert cycles < 100
+    assert cycles > 1
+    assert torch.equal(state.result(), before)

@@ -22,6 +22,7 @@ def test_is_the_upper_factor_of_the_damped_inverse(scale: float) -> None:
     torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(20, dtype=torch.float64), rtol=0, atol=1e-4)
     torch.testing.assert_close(factor.inverse_diagonal.double(), damped.inverse().diagonal(), rtol=1e-4, atol=0)
     assert (factor.damping, factor.fallback) == (0.02, None)
+    assert factor.ridge == pytest.approx(0.02 * float(h.diagonal().mean()))
 
 
 @pytest.mark.parametrize("channels", [1, 7, 40])
@@ -58,6 +59,7 @@ def test_an_unfactorisable_hessian_climbs_the_ladder_and_says_so() -> None:
     indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.05]))  # needs more than 0.01 of the mean diagonal
     factor = factorise(indefinite, 0.01)
     assert factor.damping == pytest.approx(0.1)
+    assert factor.ridge == pytest.approx(0.1 * 1.95 / 3)
     assert factor.fallback is not None
     assert "damping 0.01 in float32" in factor.fallback
 

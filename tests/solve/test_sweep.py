@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpfx.nn import CodedScales, Layout, QuantizedWeight, decoded, pack, unpack
-from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, sweep
+from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, measured_sweep, sweep
 from mpfx.solve.grid import fit_grid
 
 
@@ -259,6 +259,44 @@ def test_layer_error_by_hand() -> None:
     h = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
     assert layer_error(weight, solved, h) == pytest.approx(4 / (16 + 2 * 2 + 2))
     assert layer_error(torch.zeros(1, 2), torch.zeros(1, 2), h) == 0
+
+
+@pytest.mark.parametrize("widths", [(4,) * 10, (8, 3, 3, 2, 0, 16, 4, 4, 1, 0)])
+@pytest.mark.parametrize("sparsity", [None, 0.5, "2:4"])
+@pytest.mark.parametrize("group_size", [64, 160])
+@pytest.mark.parametrize("damping", [0.01, 1e-5])
+def test_a_sweep_knows_the_error_of_every_row(
+    widths: tuple[int, ...], sparsity: float | str | None, group_size: int, damping: float
+) -> None:
+    weight, h = problem(24, 293)
+    weight[7] *= 100
+    factor = factorise(h, damping)
+    layout = Layout(293, widths, group_size)
+    solved, damped = measured_sweep(weight, factor.upper, layout, GridConfig(), Sparsity.parse(sparsity))
+    off, exact = weight.double() - solved.dequantize().double(), h.double() + factor.ridge * torch.eye(293)
+    torch.testing.assert_close(damped, ((off @ exact) * off).sum(1), rtol=2e-4, atol=0)
+    error = layer_error(weight.double(), solved.dequantize().double(), h.double())
+    assert layer_error(weight, solved.dequantize(), h, damped, factor.ridge) == pytest.approx(error, rel=2e-4)
+
+
+@pytest.mark.parametrize("loud", [1.0, 30.0, 1e3, 1e4])
+def test_the_error_is_right_where_damping_makes_most_of_it(loud: float) -> None:
+    """One direction of the input drowns all others, and with it the damping that goes by the mean diagonal."""
+    weight, h = problem(24, 256)
+    direction = torch.randn(256, generator=torch.Generator().manual_seed(1))
+    h += (loud * direction).outer(loud * direction)
+    factor = factorise(h, 0.01)
+    solved, damped = measured_sweep(weight, factor.upper, Layout(256, (4,) * 8), GridConfig())
+    error = layer_error(weight.double(), solved.dequantize().double(), h.double())
+    assert layer_error(weight, solved.dequantize(), h, damped, factor.ridge) == pytest.approx(error, rel=3e-3)
+
+
+def test_the_known_error_is_what_is_told() -> None:
+    weight, solved, h = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[4.0, 1.0], [1.0, 2.0]])
+    known = torch.tensor([8.5], dtype=torch.float64)
+    assert layer_error(weight, solved, h, known, 0.5) == pytest.approx((8.5 - 0.5) / 22)  # not what a product gives
+    assert layer_error(weight, solved, h, known, 8.4) == pytest.approx(4 / 22)  # where little is left of it
+    assert layer_error(torch.zeros(1, 2), torch.zeros(1, 2), h * 0, known, 0.0) == 0
 
 
 def test_a_group_longer_than_a_panel_is_fitted_on_weights_that_are_up_to_date() -> None:
