@@ -19,6 +19,7 @@ from mpfx.nn.kernels.cuda.kept import kept_bytes
 
 _OPTIONS = ("-std=c++17", "-default-device")
 _COMMON = "packed.cuh"
+_IDLE = 'extern "C" __global__ void idle() {}'
 
 
 @cache
@@ -60,6 +61,17 @@ class Kernel:
 
     def __call__(self, launch: Launch, arguments: ctypes.Structure) -> None:
         """Run on the current stream."""
+        config, pointers = self._config(launch), (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _check(_driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+    def clusters_at_once(self, launch: Launch) -> int:
+        """How many clusters of such a launch the current device runs at the same time, if it runs nothing else."""
+        config = self._config(launch)
+        config.attrs, config.numAttrs = [_cluster(launch.cluster)], 1  # also of one block
+        (count,) = _check(_driver().cuOccupancyMaxActiveClusters(self._function, config))
+        return int(count)
+
+    def _config(self, launch: Launch) -> Any:
         driver = _driver()
         if launch.shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -72,8 +84,7 @@ class Kernel:
         config.hStream = torch.cuda.current_stream().cuda_stream
         config.attrs = [*[_cluster(launch.cluster)] * (launch.cluster > 1), *[_overlapping()] * launch.early]
         config.numAttrs = len(config.attrs)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+        return config
 
 
 @lru_cache(maxsize=512)
@@ -90,7 +101,27 @@ def kernel(file: str, name: str, macros: tuple[tuple[str, int], ...], device: in
         RuntimeError: if it does not compile, with the compiler's log, or the driver does not take it.
     """
     folder = files("mpfx.nn.kernels.cuda")
-    source = "\n".join(folder.joinpath(part).read_text() for part in (_COMMON, file))
+    return _load("\n".join(folder.joinpath(part).read_text() for part in (_COMMON, file)), name, macros, device)
+
+
+@lru_cache(maxsize=64)
+def clusters_at_once(threads: int, shared: int, most: int, device: int) -> tuple[int, ...]:
+    """How many clusters a device runs at the same time, by their size, if it runs nothing else.
+
+    Clusters stay within one part of the GPU, and these parts are not alike: no formula knows.
+
+    Args:
+        threads: of a block, whose registers do not matter, as its shared memory leaves no room for a second one.
+        shared: bytes of dynamic shared memory of a block.
+        most: blocks of the largest cluster; the smallest has one.
+        device: index of the CUDA device.
+    """
+    idle = _load(_IDLE, "idle", (), device)
+    with torch.cuda.device(device):
+        return tuple(idle.clusters_at_once(Launch((size, 1), threads, shared, size)) for size in range(1, most + 1))
+
+
+def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int) -> Kernel:
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context of the device current
         binary = compile_source(source, dict(macros), torch.cuda.get_device_capability(device))

@@ -4,13 +4,11 @@
 // `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
-// `tile`: a block has 128 rows of the weight, TOKENS rows of activations, and a share of the channels. The blocks of a cluster
-// have all shares of some tiles of rows, of the same activations: of these, which are most of what a block reads, each copies a
-// part for all that have its share (multicast). One launch may have the first rows of the weight and another one, with other clusters, the
-// rest. Two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words, zero points,
-// scales; two others find out the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ...
-// of the block, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and
-// 16m + 2g + 1, in group m.
+// `tile`: a block has 128 rows of the weight and TOKENS rows of activations, of which the blocks of a cluster share the
+// channels. One launch may have the first rows of the weight and others, with other clusters, the rest. Two warps copy ahead,
+// into a ring of shared memory, what each step needs: a tile of activations, words, zero points, scales; two others find out
+// the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ... of the block, of which each
+// of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
 // So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
 // which `arrange` knows. While one segment is multiplied, the next one is unpacked.
 //
@@ -43,7 +41,6 @@ struct Args {
     int tokens, channels;
     int steps;          // of all channels: what the blocks of a cluster share
     int first, tiles;   // of this launch: the first tile of rows of the weight, and how many
-    int splits;         // shares of the channels; a cluster has so many blocks for each of its tiles of rows
 };
 
 // ---------------------------------------------------------------------------------------------------- activations
@@ -118,34 +115,16 @@ __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 ba
                  : "memory");
 }
 
-// The same for all blocks of the cluster whose bits are set, at the same places of their shared memory.
-__device__ __forceinline__ void copy_to(u16 blocks, u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
-                 : "memory");
-}
-
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Where a block of the cluster has what this one has at an address.
-__device__ __forceinline__ u32 in_block(u32 at, int rank) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    return there;
-}
-
-__device__ __forceinline__ void arrive_there(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
+// Four floats of a block of the cluster, where this block has `p`.
 __device__ __forceinline__ float4 of_block(const float* p, int rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
     float4 f;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
-                 : "r"(in_block(address(p), rank))
-                 : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there) : "memory");
     return f;
 }
 
@@ -299,8 +278,7 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, flo
     to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
 }
 
-// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves. All that can be done before the
-// products that read what these registers hold is done before they have come to their end.
+// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
 template <int BITS>
 __device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
     auto two = [&](int place, int row) { return *(const uint2*)(words + place + row * ROW_BYTES); };
@@ -319,7 +297,6 @@ __device__ __forceinline__ void unpack(const char* words, const uint2* grids, co
     if constexpr (BITS & 4) add_plane<4>(c, two(l.fours, 0), 0, 0);
     if constexpr (BITS & 2) add_plane<2>(c, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
     if constexpr (BITS & 1) add_plane<1>(c, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
-    wait_for_all_but<1>();
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -351,28 +328,22 @@ __device__ __forceinline__ void unpack_segment(int bits, const char* words, cons
     switch (bits) {
         CODE_WIDTHS(WIDTH)
         default:
-            wait_for_all_but<1>();
 #pragma unroll
             for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
     }
 }
 
-// Which block this is.
+// Which block this is. Clusters are as wide as the grid.
 struct Place {
-    int share, splits;   // of the channels
-    int floor, floors;   // of the tiles of rows of its cluster
-    int tile, tokens;    // tile of rows of the weight; first row of activations
-    int first, steps;    // of its share
+    int share, splits;  // of the channels
+    int tile, tokens;   // tile of rows of the weight; first row of activations
+    int first, steps;   // of its share
 
     __device__ explicit Place(const Args& a) {
-        splits = a.splits, share = blockIdx.x % splits;  // clusters are as wide as the grid
-        floor = blockIdx.x / splits, floors = gridDim.x / splits;
-        const int stacks = (a.tiles + floors - 1) / floors;
-        tile = a.first + blockIdx.y % stacks * floors + floor, tokens = blockIdx.y / stacks * TOKENS;
+        share = blockIdx.x, splits = gridDim.x;
+        tile = a.first + blockIdx.y % a.tiles, tokens = blockIdx.y / a.tiles * TOKENS;
         first = a.steps * share / splits, steps = a.steps * (share + 1) / splits - first;
     }
-
-    __device__ int rank_of(int other_floor) const { return other_floor * splits + share; }
 };
 
 // Shared memory.
@@ -406,10 +377,7 @@ __device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, i
 // But it waits for them before it ends, so that whatever comes after the last launch finds all products.
 __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
     bool arranged = false;
-    u16 together = 0;
-    for (int floor = 0; floor < p.floors; floor++) together |= 1 << p.rank_of(floor);
-    const u32 bytes = X_BYTES / p.floors, mine = p.floor * bytes;
-    const char* x = (const char*)a.arranged + ((size_t)(p.tokens / TOKENS) * a.steps + p.first) * X_BYTES + mine;
+    const char* x = (const char*)a.arranged + ((size_t)(p.tokens / TOKENS) * a.steps + p.first) * X_BYTES;
 #pragma unroll 1
     for (int k = first; k < p.steps; k += COPIERS) {
         const int stage = k % STAGES;
@@ -426,8 +394,7 @@ __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, const
         }
         if (lane == 0) {
             arrive_with(full, X_BYTES);
-            if (p.floors > 1) copy_to(together, to + mine, x + (size_t)k * X_BYTES, bytes, full);
-            else copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
+            copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
         }
     }
     wait_for_last();
@@ -462,6 +429,7 @@ __device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[T
     multiply(d, a[0], x);
     multiply(d, a[1], x + 2);
     after_products();
+    wait_for_all_but<1>();
 }
 
 // Results are in their registers here: whoever reorders instructions knows nothing of products that are under way.
@@ -473,10 +441,9 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 // The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
 __device__ __forceinline__ void multiply_all(const Room& room, const Place& p, const Lane& l, float (&d)[TOKENS / 2]) {
     Operand even, odd;
-    const int lane = threadIdx.x % 32;
-    u32 empty = lane < p.floors ? in_block(room.empty, p.rank_of(lane)) : 0;  // of the blocks that copy for this one
-    u32 ring = address(room.ring), full = room.full, ready = room.ready;
-    asm volatile("" : "+r"(empty), "+r"(ring), "+r"(full), "+r"(ready));  // as in Lane: they stay in registers
+    const bool speaks = threadIdx.x % 32 == 0;
+    u32 ring = address(room.ring), full = room.full, ready = room.ready, empty = room.empty;
+    asm volatile("" : "+r"(ring), "+r"(full), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
     const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES);
     int stage = 0, parity = 0, last = 0;
     settle(d);
@@ -491,8 +458,8 @@ __device__ __forceinline__ void multiply_all(const Room& room, const Place& p, c
         wait(ready + stage * 8, parity);
         unpack_segment(first, words, grids, l, even);
         multiply_segment(x, even, d);
+        if (speaks && k) arrive(empty + last * 8);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
-        if (empty && k) arrive_there(empty + last * 8);
         multiply_segment(x + 4, odd, d);
         last = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -510,17 +477,10 @@ __device__ __forceinline__ void store4(const Args& a, int token, int row, float4
     *(uint2*)((Number*)a.out + (size_t)token * a.w.rows + row) = make_uint2(two_numbers(v.x, v.y), two_numbers(v.z, v.w));
 }
 
-// Wait for all threads of the cluster.
-__device__ __forceinline__ void all_arrive(bool alone) {
-    if (alone) __syncthreads();
-    else cluster_barrier();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
     const Place p(a);
-    const bool alone = p.splits * p.floors == 1;
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
@@ -534,10 +494,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     if (threadIdx.x < STAGES) {
         init(room.full + threadIdx.x * 8, 33);
         init(room.ready + threadIdx.x * 8, 32);
-        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32 * p.floors);
+        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    all_arrive(alone);
+    __syncthreads();
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
@@ -556,20 +516,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
             for (int e = 0; e < 2; e++)
                 *(float2*)(results + (8 * n + 2 * l.t + e) * RESULT_ROW) = make_float2(d[4 * n + e] * (1 / LARGER), d[4 * n + 2 + e] * (1 / LARGER));
     }
-    all_arrive(alone);
+    if (p.splits > 1) cluster_barrier();
+    else __syncthreads();
     const float* results = (const float*)room.ring;
     for (int i = p.share * THREADS + threadIdx.x; i < TOKENS * 32; i += p.splits * THREADS) {
         const float* at = results + i / 32 * RESULT_ROW + i % 32 * 4;
         float4 sum = *(const float4*)at;
         if (p.splits > 1) {
-            const int rank = p.floor * p.splits;
-            sum = of_block(at, rank);
+            sum = of_block(at, 0);
             for (int r = 1; r < p.splits; r++) {
-                const float4 more = of_block(at, rank + r);
+                const float4 more = of_block(at, r);
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
         }
         store4(a, p.tokens + i / 32, p.tile * 128 + i % 32 * 4, sum);
     }
-    if (!alone) cluster_barrier();  // until the others have read, and told what they have to tell
+    if (p.splits > 1) cluster_barrier();  // until the others have read
 }

@@ -4,12 +4,13 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpfx.nn.kernels.cuda.nvrtc import Launch, kernel
+from mpfx.nn.kernels.cuda.nvrtc import Launch, clusters_at_once, kernel
 from mpfx.nn.kernels.cuda.weights import Weight, address, order_bytes, segments_of, weight_argument, weight_macros
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, Layout
 from mpfx.nn.packing import PackedWeight
@@ -25,14 +26,13 @@ _SHARED_BYTES = (227 << 10) - 256  # that a block can have, without what the ker
 _ALIGN_BYTES, _UNIT_BYTES = 1024, 40  # as in tile.cu: before the ring; of a step
 _MOST_BLOCKS = 65535  # of a launch along y
 _TOKENS = (16, 32, 64, 128, 176, 256)
-_MOST_TRIED = 4
-_MOST_BLOCKS_OF_CLUSTER = 8
-_CLUSTERS = [(splits, floors) for floors in (1, 2) for splits in range(1, _MOST_BLOCKS_OF_CLUSTER // floors + 1)]
-_NEIGHBOURS = 16  # processors, at least, of a part of the GPU: clusters keep within one
-_TOKEN_NS, _UNPACK_NS = 2.8, 320.0  # of a step: to multiply a row of activations; to unpack the weight
-_BYTES_PER_NS = 43.0  # that a processor gets from the cache, if all read
-_WORD_BYTES = 4608  # about what a step reads besides activations
-_START_NS, _RESULT_NS = 1500.0, 6.0  # of a block; and per row of activations, to write results
+_MOST_SPLITS = 8  # blocks of a cluster, at most
+_MOST_PARTS = 3
+_TRIED = 2  # cuts of one launch, and as many of several
+# Measured on an H100, in nanoseconds: a step, what each row of activations adds to it, and the shortest step that there
+# is; to start and end a block, and a cluster, whose blocks wait for each other and add up what they have.
+_STEP_NS, _STEP_TOKEN_NS, _LEAST_STEP_NS = 330.0, 1.85, 480.0
+_BLOCK_NS, _CLUSTER_NS = 2600.0, 7500.0
 
 
 class Arguments(ctypes.Structure):
@@ -51,7 +51,6 @@ class Arguments(ctypes.Structure):
         ("steps", ctypes.c_int),
         ("first", ctypes.c_int),
         ("tiles", ctypes.c_int),
-        ("splits", ctypes.c_int),
     ]
 
 
@@ -67,23 +66,11 @@ class Part(NamedTuple):
 
     Attributes:
         tiles: so many times 128 rows.
-        splits: blocks of a cluster that share the channels of the same rows.
-        floors: tiles of a cluster, that share activations: 1, 2 or 4. `tiles` is a multiple, but for the last launch.
+        splits: blocks of a cluster, that share the channels.
     """
 
     tiles: int
     splits: int
-    floors: int = 1
-
-    @property
-    def blocks(self) -> int:
-        """Of a cluster."""
-        return self.splits * self.floors
-
-    @property
-    def stacks(self) -> int:
-        """Clusters that have all its rows."""
-        return -(-self.tiles // self.floors)
 
 
 @dataclass(frozen=True)
@@ -126,8 +113,8 @@ class Tile:
         arrange(Launch((columns * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), Arguments(*common))
         shared, first = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * share, 0
         for part in self.parts:
-            grid = (part.blocks, columns * part.stacks)
-            run(Launch(grid, _THREADS, shared, part.blocks, early=True), Arguments(*common, first, *part[:2]))
+            grid = (part.splits, columns * part.tiles)
+            run(Launch(grid, _THREADS, shared, part.splits, early=True), Arguments(*common, first, part.tiles))
             first += part.tiles
 
     def share(self, layout: Layout) -> int:
@@ -139,15 +126,31 @@ class Tile:
         stage, stages = _stages(self.tokens, _word_rows(layout), self.share(layout))
         return stages * stage >= self.tokens * _RESULT_BYTES
 
-    def time(self, columns: int, layout: Layout, processors: int) -> float:
-        """About how many nanoseconds it takes on an H100."""
-        time = 0.0
+    def time(self, columns: int, layout: Layout, clusters: tuple[int, ...]) -> float:
+        """About how many nanoseconds the launches take on an H100, without `arrange`, which is the same for all cuts.
+
+        Clusters are started in order, as soon as there is room: one of a kind of which so many run at once takes up
+        that fraction of the device.
+
+        Args:
+            columns: tiles of rows of activations.
+            layout: of the weight.
+            clusters: that run at once, by their size.
+        """
+        step = max(_STEP_NS + self.tokens * _STEP_TOKEN_NS, _LEAST_STEP_NS)
+        now, free, running = 0.0, 1.0, [(0.0, 0.0)]  # when they end, and what they take up until then
         for part in self.parts:
-            waves = -(-columns * part.stacks // _clusters(part.blocks, processors))
-            read = (self.tokens * _STEP_BYTES / part.floors + _WORD_BYTES) / _BYTES_PER_NS
-            step = max(self.tokens * _TOKEN_NS, _UNPACK_NS, read)
-            time += waves * (step * _steps(layout, part.splits) + self.tokens * _RESULT_NS + _START_NS)
-        return time
+            left, most = columns * part.tiles, clusters[part.splits - 1]
+            took = step * _steps(layout, part.splits) + (_BLOCK_NS if part.splits == 1 else _CLUSTER_NS)
+            while left:
+                count = min(left, int(free * most + 1e-6))  # fractions do not add up to one exactly
+                if count:
+                    heappush(running, (now + took, count / most))
+                    left, free = left - count, free - count / most
+                else:
+                    now, share = heappop(running)
+                    free += share
+        return max(end for end, _ in running)
 
 
 def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
@@ -155,42 +158,39 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
     if not unpacks_in_registers(x, weight):
         return ()
     count = 1 << (len(x) - 1).bit_length()  # as other numbers of rows are to be served by the same choice
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, processors)
+    clusters = clusters_at_once(_THREADS, _RING_BYTES, _MOST_SPLITS, x.device.index)
+    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, clusters)
 
 
 @lru_cache(maxsize=4096)
-def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> tuple[Tile, ...]:
+def _tiles_for(count: int, row_tiles: int, layout: Layout, clusters: tuple[int, ...]) -> tuple[Tile, ...]:
     if 2 * layout.in_features > _SHARED_BYTES:  # a row of activations is put in order there
         return ()
-    tiles: list[tuple[float, Tile]] = []
+    times: dict[Tile, float] = {}
     for tokens in _TOKENS:
         columns = -(-count // tokens)
         if columns * row_tiles <= _MOST_BLOCKS and (tokens <= count or tokens == _TOKENS[0]):
-            cuts = [Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors)]
-            tiles += [(tile.time(columns, layout, processors), tile) for tile in cuts if tile.fits(layout)]
+            cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, clusters))
+            times |= {tile: tile.time(columns, layout, clusters) for tile in cuts if tile.fits(layout)}
     kinds: dict[tuple[int, int], Tile] = {}
-    for _, tile in sorted(tiles, key=lambda pair: pair[0]):
+    for tile in sorted(times, key=times.__getitem__):
         kinds.setdefault((tile.tokens, len(tile.parts)), tile)
-    return tuple(kinds.values())[:_MOST_TRIED]
+    one, several = ([tile for (_, parts), tile in kinds.items() if (parts > 1) == many] for many in (False, True))
+    return tuple(sorted(one[:_TRIED] + several[:_TRIED], key=times.__getitem__))
 
 
-def _cuts(row_tiles: int, columns: int, processors: int) -> Iterator[tuple[Part, ...]]:
-    """One launch; or one that keeps all processors busy to its end, and one that has to split what is left."""
-    for splits, floors in _CLUSTERS:
-        part = Part(row_tiles, splits, floors)
-        yield (part,)
-        wave = _clusters(part.blocks, processors)
-        full = columns * part.stacks // wave * wave // columns * floors
-        if 0 < full < row_tiles:
-            for more in _CLUSTERS:
-                if more[0] > splits:
-                    yield Part(full, splits, floors), Part(row_tiles - full, *more)
-
-
-def _clusters(blocks: int, processors: int) -> int:
-    """Clusters that run at once: neighbours come in pairs at least."""
-    return processors // blocks if blocks <= 2 else processors // _NEIGHBOURS * (_NEIGHBOURS // blocks)
+def _cuts(
+    row_tiles: int, columns: int, clusters: tuple[int, ...], parts: int = _MOST_PARTS, least: int = 1
+) -> Iterator[tuple[Part, ...]]:
+    """One launch; or one that keeps all processors busy to its end, and others that have to split what is left."""
+    for splits, most in enumerate(clusters[least - 1 :], least):
+        if most == 0:  # a part of the GPU has not that many processors
+            return
+        yield (Part(row_tiles, splits),)
+        full = columns * row_tiles // most * most // columns
+        if parts > 1 and 0 < full < row_tiles:
+            for more in _cuts(row_tiles - full, columns, clusters, parts - 1, splits + 1):
+                yield Part(full, splits), *more
 
 
 @lru_cache(maxsize=4096)

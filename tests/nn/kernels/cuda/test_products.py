@@ -12,6 +12,7 @@ from mpfx.nn.kernels import cuda, packed_linear, packed_linears, reference
 from mpfx.nn.kernels.cuda import tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.kept import cache_folder
+from mpfx.nn.kernels.cuda.nvrtc import clusters_at_once
 from mpfx.nn.kernels.cuda.tile import Part, Tile, unpacks_in_registers
 from tests.nn.test_packing import random_weight
 
@@ -143,11 +144,7 @@ TILES = [
     (384, 176, Tile(176, (Part(3, 4),))),
     (516, 300, Tile(256, (Part(2, 1), Part(3, 3)))),
     (388, 70, Tile(32, (Part(1, 2), Part(3, 8)))),
-    (1024, 600, Tile(256, (Part(4, 1, 2), Part(4, 2, 2)))),
-    (644, 180, Tile(176, (Part(2, 3, 2), Part(4, 4, 2)))),
-    (388, 100, Tile(64, (Part(4, 1, 4),))),
-    (516, 64, Tile(64, (Part(5, 1, 2),))),
-    (772, 100, Tile(128, (Part(4, 1), Part(1, 5), Part(2, 7)))),
+    (772, 300, Tile(128, (Part(4, 1), Part(1, 5), Part(2, 7)))),
 ]
 
 
@@ -175,7 +172,7 @@ def test_tiles_unpack_the_weight_in_registers(
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("parts", [(Part(4, 1, 2), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 1, 4))], ids=str)
+@pytest.mark.parametrize("parts", [(Part(4, 1), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 8))], ids=str)
 def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tuple[Part, ...]) -> None:
     """A launch starts while the one before it runs, and activations are put in order where the last ones were."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -204,6 +201,16 @@ def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tupl
         found.fill_(float("nan"))
         graph.replay()
         assert torch.equal(found, expected)
+
+
+def test_tiles_know_how_many_clusters_run_at_once() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    counts = clusters_at_once(384, 208 << 10, 8, 0)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert counts[0] == processors  # a block has one for itself
+    assert 0 < counts[7] <= processors // 8
+    assert list(counts) == sorted(counts, reverse=True)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])

@@ -15,7 +15,7 @@ from mpfx.nn.kernels.cuda.weights import masked, segments_of, weight_macros
 from tests.nn.test_packing import random_weight
 
 CPU = torch.device("cpu")
-PROCESSORS = 132  # of an H100
+CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)  # that an H100 runs at once, by their size
 LAYOUT = Layout(500, (8, 8, 8, 5, 5, 16, 16, 4, 4, 4, 4, 0, 3, 3, 3, 1), 64)
 
 
@@ -87,12 +87,12 @@ def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypa
     assert len(launches) == 2 * len(cuts) > 0
     assert max(launch.shared for launch in launches) <= (227 << 10) - 3 * 8 * 8
     long = Layout(1 << 17, (4,) * (1 << 12), 32)
-    assert not tile._tiles_for.__wrapped__(512, 64, long, PROCESSORS)  # a row of activations is 256 KiB
+    assert not tile._tiles_for.__wrapped__(512, 64, long, CLUSTERS)  # a row of activations is 256 KiB
 
 
 @pytest.mark.parametrize("count", [1 << 12, 1 << 17, 1 << 20])
 def test_a_launch_has_no_more_blocks_than_there_can_be(count: int) -> None:
-    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), PROCESSORS)
+    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), CLUSTERS)
     assert bool(cuts) == (count < 1 << 20)
     assert all(112 * -(-count // cut.tokens) < 1 << 16 for cut in cuts)
 
@@ -100,21 +100,59 @@ def test_a_launch_has_no_more_blocks_than_there_can_be(count: int) -> None:
 @pytest.mark.parametrize("row_tiles", [1, 3, 32, 86, 112, 500])
 @pytest.mark.parametrize("count", [16, 64, 512, 4096, 1 << 15])
 def test_parts_of_a_cut_have_all_rows_once(row_tiles: int, count: int) -> None:
-    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(4096, (4,) * 128, 64), PROCESSORS)
+    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(4096, (4,) * 128, 64), CLUSTERS)
     assert any(len(cut.parts) == 1 for cut in cuts)
     for cut in cuts:
         assert sum(part.tiles for part in cut.parts) == row_tiles
         assert min(part.tiles for part in cut.parts) > 0
-        assert not any(part.tiles % part.floors for part in cut.parts[:-1])
 
 
 def test_what_would_leave_processors_idle_is_split() -> None:
     """Of 172 blocks, 132 run at once; the 40 that are left are another wave, but a shorter one, if they are split."""
-    cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), PROCESSORS)
-    full, rest = next(cut.parts for cut in cuts if cut.tokens == 256)
-    assert full == tile.Part(66, 1, 2)
-    assert rest.tiles == 20
-    assert rest.splits > 1
+    cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), CLUSTERS)
+    assert cuts[0] == tile.Tile(256, (tile.Part(66, 1), tile.Part(20, 2)))
+    assert tile.Tile(176, (tile.Part(86, 1),)) in cuts  # two waves of 132, of which six blocks are missing
+
+
+@pytest.mark.parametrize(
+    ("shape", "fastest"),
+    [
+        ((64, 86, 4096), tile.Tile(64, (tile.Part(66, 2), tile.Part(20, 5)))),
+        ((64, 86, 4096), tile.Tile(64, (tile.Part(86, 1),))),
+        ((4096, 86, 4096), tile.Tile(256, (tile.Part(82, 1), tile.Part(4, 2)))),
+        ((512, 32, 11008), tile.Tile(256, (tile.Part(32, 2),))),
+        ((512, 32, 4096), tile.Tile(256, (tile.Part(32, 2),))),
+        ((512, 112, 4096), tile.Tile(256, (tile.Part(112, 1),))),
+    ],
+    ids=str,
+)
+def test_what_was_measured_to_be_the_fastest_is_tried(shape: tuple[int, int, int], fastest: tile.Tile) -> None:
+    count, row_tiles, channels = shape
+    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(channels, (4,) * (channels // 32), 64), CLUSTERS)
+    assert fastest in cuts
+    assert len(cuts) <= 4
+
+
+def test_clusters_share_the_device() -> None:
+    """Blocks of one step each: launches run at the same time as long as there is room, and wait for it then."""
+    layout, clusters = Layout(64, (4, 4), 64), (12, 6, 4, 2)
+
+    def time(*parts: tile.Part) -> float:
+        return tile.Tile(16, parts).time(1, layout, clusters)
+
+    def waves(*parts: tile.Part) -> float:
+        return time(*parts) / time(tile.Part(1, 4))
+
+    assert waves(tile.Part(2, 4)) == waves(tile.Part(2, 3), tile.Part(1, 4)) == 1
+    assert waves(tile.Part(3, 4)) == waves(tile.Part(3, 3), tile.Part(1, 4)) == 2
+    assert waves(tile.Part(3, 3), tile.Part(3, 4)) == 3
+    assert waves(tile.Part(12, 1), tile.Part(1, 4)) < 2  # blocks need not wait for each other
+
+
+def test_no_cut_has_clusters_that_do_not_fit() -> None:
+    """Parts of a GPU that have seven processors, say."""
+    cuts = list(tile._cuts(86, 2, (14, 6, 4, 2, 2, 2, 2, 0)))
+    assert {part.splits for parts in cuts for part in parts} == set(range(1, 8))
 
 
 def test_launches_of_a_cut_go_through_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,15 +163,12 @@ def test_launches_of_a_cut_go_through_the_rows(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(tile, "kernel", kernel)
     weight, x = pack(random_weight(LAYOUT, 516, coded=True)), torch.empty(300, 500, dtype=torch.bfloat16)
-    cut = tile.Tile(256, (tile.Part(2, 1, 2), tile.Part(3, 3)))
+    cut = tile.Tile(256, (tile.Part(2, 1), tile.Part(3, 3)))
     cut.multiply(x, weight, None, None, torch.empty(300, 516, dtype=torch.bfloat16))
     assert [name for name, _, _ in calls] == ["arrange", "tile", "tile"]
-    assert [launch.grid for _, launch, _ in calls] == [(512, 1), (2, 2), (3, 6)]
-    assert [(launch.cluster, launch.early) for _, launch, _ in calls] == [(1, False), (2, True), (3, True)]
-    assert [(given.first, given.tiles, given.splits, given.steps) for _, _, given in calls[1:]] == [
-        (0, 2, 1, 8),
-        (2, 3, 3, 8),
-    ]
+    assert [launch.grid for _, launch, _ in calls] == [(512, 1), (1, 4), (3, 6)]
+    assert [(launch.cluster, launch.early) for _, launch, _ in calls] == [(1, False), (1, True), (3, True)]
+    assert [(given.first, given.tiles, given.steps) for _, _, given in calls[1:]] == [(0, 2, 8), (2, 3, 8)]
     assert len({given.arranged for _, _, given in calls}) == 1
 
 
