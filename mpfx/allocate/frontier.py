@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mpfx.graph import PermutationFold
-from mpfx.nn.layout import RAW_BITS, SCALE_BITS, SEGMENT, Layout, permutation_bytes, stored_bytes
-from mpfx.solve import GridConfig, Sparsity, fit_bases, prune_lowest, prune_n_of_m, round_nearest
+from mpfx.nn.layout import PANEL, SCALE_BITS, SEGMENT, Layout, permutation_bytes, stored_bytes
+from mpfx.solve import GridConfig, Sparsity, fit_bases, prune_n_of_m, round_nearest
 
 MOST_ROWS = 1024
 """Rows that are enough to compare widths: a sample that stands for all."""
@@ -137,15 +137,24 @@ def unit_sums(values: Tensor, unit: int) -> Tensor:
 
 
 def _pruned(weight: Tensor, diagonal: Tensor, sparsity: Sparsity) -> Tensor | None:
-    """The mask that a sweep would choose without compensation, ``(rows, in)``, True where pruned."""
+    """The mask that a sweep would choose without compensation, ``(rows, in)``, True where pruned; of equals all."""
     if not sparsity:
         return None
     saliency = (weight / diagonal).square().t().contiguous()  # channels first
     if sparsity.group_m:
         return prune_n_of_m(saliency, sparsity).t()
-    panels = Layout(weight.shape[1], (RAW_BITS,) * -(-weight.shape[1] // SEGMENT)).panels
-    parts = [saliency[panel.start : panel.stop] for panel in panels]
-    return torch.cat([prune_lowest(part, sparsity.pruned(part.shape[1], len(part))) for part in parts]).t()
+    whole = len(saliency) // PANEL * PANEL
+    panels = [saliency[:whole].unflatten(0, (-1, PANEL)), saliency[None, whole:]]  # all at once, and what is left
+    return torch.cat([_lowest(part, sparsity).flatten(0, 1) for part in panels if part.numel()]).t()
+
+
+def _lowest(panels: Tensor, sparsity: Sparsity) -> Tensor:
+    """The least salient weights of every panel, ``(panels, channels, rows)``."""
+    count = sparsity.pruned(panels.shape[2], panels.shape[1])
+    if not count:
+        return torch.zeros_like(panels, dtype=torch.bool)
+    least = panels.flatten(1).kthvalue(count, dim=1).values
+    return panels <= least[:, None, None]
 
 
 def count_bytes(

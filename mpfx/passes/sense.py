@@ -215,16 +215,17 @@ def differentiating(model: nn.Module) -> Iterator[None]:
 def _deterministic() -> Iterator[None]:
     """The backward pass of attention adds up in another order at every run, on GPUs, unless asked not to."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    options: Any = torch.utils.deterministic
+    filled = options.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)  # what knows no other way runs as it does
-        torch.utils.deterministic.fill_uninitialized_memory = before and filled  # a tenth of the time
+        options.fill_uninitialized_memory = before and filled  # a tenth of the time
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warned)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            options.fill_uninitialized_memory = filled
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from mpfx.nn.scales import FACTORS
 from mpfx.solve.coded import tried
 from mpfx.solve.descent import descent_kernel
 from mpfx.solve.grid import GridConfig, as_float16, shrinks
-from mpfx.solve.lowest import BINS, DIGITS, histogram_kernel, mark_kernel, ties_kernel
 from mpfx.solve.mask import Sparsity
 from mpfx.solve.panels import fit_kernel, panel_kernel
 from mpfx.solve.state import DescentState, SweepState
@@ -20,7 +19,6 @@ from mpfx.solve.state import DescentState, SweepState
 _ROWS = 32  # of a program: one warp, one row a lane
 _AHEAD = 4  # later channels that make up for errors at a time
 _AT_A_TIME = 8  # channels in registers; fewer where n of fewer are chosen, on weights that are up to date
-_BLOCK = 4096  # numbers that a program looks through for the lowest ones
 
 
 class KernelSweep(SweepState):
@@ -147,29 +145,6 @@ class KernelDescent(DescentState):
             self.inverse, self.table, self.scale, self.zero, self.changed, start // SEGMENT, stop // SEGMENT, rows,
             len(self.hessian), MASKED=self.pruned is not None, COUNT=_AT_A_TIME, AHEAD=_AHEAD, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip
-
-
-def lowest(values: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` lowest values, the first ones of equals, without waiting for the device.
-
-    Args:
-        values: float32, not negative, any shape, fewer than 2^31.
-        count: 1 .. values.numel().
-
-    Returns:
-        bool of the same shape.
-    """
-    values, size = values.contiguous(), values.numel()
-    programs = (-(-size // _BLOCK),)
-    histograms = torch.zeros(DIGITS, BINS, dtype=torch.int32, device=values.device)
-    for known in range(DIGITS):
-        histogram_kernel[programs](values, histograms, size, count, KNOWN=known, BLOCK=_BLOCK)
-    ties = torch.empty(programs, dtype=torch.int32, device=values.device)
-    ties_kernel[programs](values, histograms, ties, size, count, BLOCK=_BLOCK)
-    marked = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    upto = ties.cumsum(0, dtype=torch.int32)
-    mark_kernel[programs](values, histograms, upto, marked.view(torch.int8), size, count, BLOCK=_BLOCK)
-    return marked
 
 
 def _padded(values: Tensor, below: int, right: int = 0) -> Tensor:

@@ -70,7 +70,7 @@ def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) 
         damping: likewise.
         invert: from the lower Cholesky factor of the flipped Hessian, which may be overwritten, to its inverse.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not is_finite(hessian):
         raise ValueError(
             "the Hessian of the inputs holds NaN or infinity: the calibration data or the model produces such "
             "activations; look at the perplexity of the dense model and at the compute precision."
@@ -87,7 +87,7 @@ def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) 
     for dtype in (torch.float32, torch.float64):
         for fraction in (damping * step for step in _LADDER):
             upper = _upper_of_inverse(hessian.to(dtype), fraction * mean, invert)
-            if upper is not None and bool(torch.isfinite(upper).all()):
+            if upper is not None and is_finite(upper):
                 fallback = f"Cholesky failed with {', '.join(tried)}" if tried else None
                 return Factor(upper.float(), fraction, fraction * mean, fallback)
             tried.append(f"damping {fraction:g} in {str(dtype).removeprefix('torch.')}")
@@ -95,6 +95,11 @@ def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) 
         f"the Hessian of the inputs cannot be factorised; tried {', '.join(tried)}. Calibrate on more tokens than "
         f"{len(hessian)} (the number of input channels) or raise `damping`."
     )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite; takes no temporary of that size."""
+    return not values.numel() or bool(torch.linalg.vector_norm(values, torch.inf).isfinite())
 
 
 @contextmanager

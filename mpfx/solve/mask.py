@@ -7,8 +7,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mpfx.solve.device import has_kernels
-
 
 @dataclass(frozen=True)
 class Sparsity:
@@ -78,11 +76,7 @@ def prune_lowest(saliency: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(saliency, dtype=torch.bool)
-    if saliency.dtype == torch.float32 and has_kernels(saliency.device):
-        from mpfx.solve.cuda import lowest
-
-        return lowest(saliency, count)
-    if saliency.device.type == "cuda":  # where PyTorch selects on a single multiprocessor, and sorts on all
+    if saliency.device.type == "cuda":  # where selecting runs on a single multiprocessor, and sorting on all
         pruned = torch.zeros_like(saliency, dtype=torch.bool)
         pruned.view(-1)[saliency.flatten().sort(stable=True).indices[:count]] = True
         return pruned

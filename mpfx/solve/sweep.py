@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mpfx.nn.layout import LEFT_OUT, SEGMENT, Layout, Span
+from mpfx.nn.layout import LEFT_OUT, RAW_BITS, SEGMENT, Layout, Span
 from mpfx.nn.packing import QuantizedWeight
 from mpfx.solve.coded import fit_coded_grid
 from mpfx.solve.device import has_kernels
+from mpfx.solve.factor import is_finite
 from mpfx.solve.grid import Grid, GridConfig, fit_grid, nearest
 from mpfx.solve.mask import Sparsity, prune_n_of_m
 from mpfx.solve.state import SweepState
@@ -61,11 +62,11 @@ def measured_sweep(
         damping included; ``(out,)`` float64. No product is needed for that: with ``E = (W - Q) U^-1`` the errors that
         are pushed on and ``H'^-1 = U^T U``, it is ``E E^T``.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise ValueError("the weights hold NaN or infinity: the layer is damaged.")
     state = _solver(weight, layout)(weight, upper, layout, grid, sparsity or Sparsity())
     solved = state.solve()
-    if not bool(torch.isfinite(solved.dequantize()).all()):
+    if RAW_BITS in layout.widths and not is_finite(solved.dequantize()):
         raise ValueError("the solved weights are not finite: raw channels hold values that float16 cannot.")
     return solved, state.squared
 

@@ -250,10 +250,14 @@ def _squares(x: Tensor) -> Tensor:
 
 def _add_blocks(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None, *, upper: bool = False) -> None:
     """Add ``share left^T right``, some rows at a time; of a symmetric one only what is not left of the diagonal."""
-    size = _BLOCK if total.device.type == "cpu" else _BLOCK_CUDA
+    size = _block(total)
     for start in range(0, len(total), size):
         rows, first = slice(start, start + size), start if upper else 0
         _add_product(total[rows, first:], left[:, rows], right[:, first:], share)
+
+
+def _block(product: Tensor) -> int:
+    return _BLOCK if product.device.type == "cpu" else _BLOCK_CUDA
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, share: Tensor | None) -> None:
@@ -270,8 +274,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, share: Tensor | Non
 
 def _mirrored(upper: Tensor) -> Tensor:
     """Make a matrix symmetric of which only what lies on and above the diagonal is known, in place."""
-    for start in range(0, len(upper), _BLOCK):
-        rows = slice(start, start + _BLOCK)
+    size = _block(upper)
+    for start in range(0, len(upper), size):
+        rows, later = slice(start, start + size), slice(start + size, None)
         upper[rows, rows] = upper[rows, rows].triu() + upper[rows, rows].triu(1).t()
-        upper[start + _BLOCK :, rows] = upper[rows, start + _BLOCK :].t()
+        upper[later, rows] = upper[rows, later].t()
     return upper
