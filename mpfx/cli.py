@@ -379,9 +379,7 @@ def _bench_compress_parser() -> _Parser:
     built.add_argument("--sparsity", type=float, help="Share of the weights to prune.")
     built.add_argument("--guided", action="store_true", help="Gather and use sensitivities of the loss.")
     built.add_argument("--correction", type=float, help="Share of earlier blocks' error that is made up for.")
-    built.add_argument(
-        "--allocation_tokens", type=int | None, default=65536, help="Tokens that bits are given by; null: all."
-    )
+    built.add_argument("--allocation_tokens", type=int, help="Tokens that bits are given by. Default: all.")
     built.add_argument("--streaming", action="store_true", help="Keep the model on the host, move block by block.")
     built.add_argument("--plain", type=bool, default=True, help="Run the plain loop on one block too.")
     built.add_argument("--devices", type=int, default=1, help="How many devices of that kind share the work.")

@@ -73,7 +73,7 @@ class CompressConfig:
     sparsity: float | None = None
     guided: bool = False
     correction: float | None = None
-    allocation_tokens: int | None = CompressionConfig.allocation_tokens
+    allocation_tokens: int | None = None
     streaming: bool = False
     plain: bool = True
     parts: bool = True
@@ -190,8 +190,7 @@ class CompressReport:
         where = f"{c.devices} x {place(self.environment)}" if c.devices > 1 else place(self.environment)
         kind = f"{c.bits:g} bits per weight{pruned}, {'guided' if c.guided else 'unguided'}"
         kind += f", correction {c.compression.corrected:g}" if c.compression.corrected else ", no correction"
-        some = c.allocation_tokens is not None and c.allocation_tokens < c.samples * c.length
-        kind += f", bits by {c.allocation_tokens} tokens" if some else ""
+        kind += f", bits by {c.allocation_tokens} tokens" if c.allocation_tokens else ""
         kind += ", blocks streamed from the host" if c.streaming else ""
         return (
             f"{c.model}, {self.blocks} blocks, {self.weights / 1e9:.3g} billion weights, random; {c.samples} x "

@@ -78,7 +78,7 @@ class CompressionConfig:
     optimal: OptimalConfig = field(default_factory=OptimalConfig)
     distortion: Literal["measured", "signals"] = "measured"
     sparsity: str | float | None = None
-    allocation_tokens: int | None = 65536
+    allocation_tokens: int | None = None
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
