@@ -47,7 +47,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (frontier, "with_curves", "curves"),
     (solve, "factorise", "factor"),
     (solve, "measured_sweep", "sweep"),
-    (solve, "refine", "refine"),
+    (solve, "measured_refine", "refine"),
     (solve, "pack", "encode"),
     (solve, "layer_error", "error"),
     (Ranks, "_exchanged", SHARE),

@@ -31,7 +31,7 @@ from mpfx.passes.observe import (
 from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.report import SiteReport
-from mpfx.solve import factorise, layer_error, measured_sweep, refine
+from mpfx.solve import factorise, layer_error, measured_refine, measured_sweep
 from mpfx.stats import Moments, Sensitivity, Sums
 
 SOLVED = "mpfx_solved"
@@ -140,16 +140,15 @@ def solve_group(
     factor = factorise(moments.hessian, config.damping)
     target = corrected(weight, moments, factor.upper, config.correction)
     solved, damped = measured_sweep(target, factor.upper, plan.layout, plan.grid, plan.sparsity)
-    refined = bool(plan.sparsity) and config.refine > 0
-    if refined:
-        solved = refine(target, solved, moments.hessian, factor.damping, config.refine)
+    if plan.sparsity and config.refine:
+        solved, lower = measured_refine(target, solved, moments.hessian, factor.damping, config.refine)
+        damped = damped - lower
     packed, errors, first = {}, {}, 0
     for path, rows in plan.rows.items():
         inside = slice(first, first + rows)
         part = solved.rows(inside)
         packed[path] = pack(part)
-        known = (None, 0.0) if refined else (damped[inside], factor.ridge)
-        errors[path] = layer_error(target[inside], part.dequantize(), moments.hessian, *known)
+        errors[path] = layer_error(target[inside], part.dequantize(), moments.hessian, damped[inside], factor.ridge)
         first += rows
     for path, error in errors.items():
         logger.debug("%s: relative error %.4g, damping %g", path, error, factor.damping)

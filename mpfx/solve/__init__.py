@@ -4,7 +4,7 @@ from mpfx.solve.coded import ScaleBases, fit_bases, fit_coded_grid
 from mpfx.solve.factor import Factor, factor_diagonal, factorise
 from mpfx.solve.grid import Grid, GridConfig, fit_grid
 from mpfx.solve.mask import Sparsity, prune_lowest, prune_n_of_m
-from mpfx.solve.refine import refine
+from mpfx.solve.refine import measured_refine, refine
 from mpfx.solve.rounding import round_nearest
 from mpfx.solve.sweep import layer_error, measured_sweep, quadratic_form, sweep
 
@@ -20,6 +20,7 @@ __all__ = [
     "fit_coded_grid",
     "fit_grid",
     "layer_error",
+    "measured_refine",
     "measured_sweep",
     "prune_lowest",
     "prune_n_of_m",

@@ -142,8 +142,9 @@ class KernelDescent(DescentState):
         torch.addmm(self.off[inside], self.hessian[inside], self.off, beta=self.ridge, out=pull)
         descent_kernel[(-(-rows // _ROWS),)](
             pull, self.off, self.codes, None if self.pruned is None else self.pruned.view(torch.int8), self.hessian,
-            self.inverse, self.table, self.scale, self.zero, self.changed, start // SEGMENT, stop // SEGMENT, rows,
-            len(self.hessian), MASKED=self.pruned is not None, COUNT=_AT_A_TIME, AHEAD=_AHEAD, ROWS=_ROWS, num_warps=1,
+            self.inverse, self.table, self.scale, self.zero, self.changed, self.lowered,
+            start // SEGMENT, stop // SEGMENT, rows, len(self.hessian),
+            MASKED=self.pruned is not None, COUNT=_AT_A_TIME, AHEAD=_AHEAD, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip
 
 

@@ -105,6 +105,7 @@ class DescentState:
     Attributes:
         codes: ``(in, rows)`` int32.
         off: ``(in, rows)`` float32: W - Q.
+        lowered: by how much the error of every row has become smaller, ``(rows,)`` float64.
         pruned: ``(in, rows)`` bool; None: nothing is.
         scale: of every grid, ``(grids, rows)`` float32.
         zero: likewise, code of the value 0.
@@ -113,6 +114,7 @@ class DescentState:
     def __init__(self, weight: Tensor, solved: QuantizedWeight) -> None:
         self.codes = solved.codes.t().clone(memory_format=torch.contiguous_format)
         self.off = solved.dequantize().neg_().add_(weight).t()
+        self.lowered = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         self.pruned = None if solved.kept is None else ~solved.kept.t().contiguous()
         self.layout = solved.layout
         self.scale = decoded(solved.scales, solved.layout).t().contiguous()

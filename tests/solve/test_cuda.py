@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpfx.nn import Layout, pack, unpack
 from mpfx.nn.scales import decoded
-from mpfx.solve import GridConfig, Sparsity, layer_error, measured_sweep, prune_lowest, refine, sweep
+from mpfx.solve import GridConfig, Sparsity, layer_error, measured_refine, measured_sweep, prune_lowest, refine, sweep
 from mpfx.solve.refine import ChannelDescent
 from mpfx.solve.sweep import ChannelSweep
 from tests.solve.test_sweep import problem, upper_of
@@ -125,7 +125,8 @@ def test_refinement_agrees_with_pytorch(
         for _ in range(passes):
             if not slow.cycle():
                 break
-        expected, found = slow.result(), refine(weight.cuda(), solved, h.cuda(), damping, passes)
+        expected, (found, lowered) = slow.result(), measured_refine(weight.cuda(), solved, h.cuda(), damping, passes)
+        assert float(lowered.sum()) == pytest.approx(float(slow.lowered.sum()), rel=1e-2)
         assert float((found.codes != expected).double().mean()) < 0.02  # ties, and what follows from them
         errors = [layer_error(weight, replace(solved, codes=c).dequantize().cpu(), h) for c in (found.codes, expected)]
         assert errors[0] == pytest.approx(errors[1], rel=1e-3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpfx.nn import Layout, QuantizedWeight, decoded, pack, unpack
-from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, refine, sweep
+from mpfx.solve import GridConfig, Sparsity, factorise, layer_error, measured_refine, refine, sweep
 
 DAMPING = 0.01
 
@@ -86,6 +86,18 @@ def test_the_objective_never_grows(scale: float, widths: tuple[int, ...], sparsi
     assert errors[0] == pytest.approx(objective(weight, solved, h))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[1] < errors[0] * (0.9 if sparsity else 0.999)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_it_tells_by_how_much_every_row_gains(scale: float, passes: int) -> None:
+    weight, h = problem(24, 270)
+    weight = weight * scale
+    solved = solve(weight, h, (4, 4, 4, 4, 4, 2, 2, 0, 16), 0.5, GridConfig())
+    refined, lowered = measured_refine(weight, solved, h, DAMPING, passes)
+    before, after = (weight.double() - part.dequantize().double() for part in (solved, refined))
+    gained = ((before @ damped(h)) * before).sum(1) - ((after @ damped(h)) * after).sum(1)
+    torch.testing.assert_close(lowered, gained, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
