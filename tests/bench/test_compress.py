@@ -166,7 +166,7 @@ def test_the_command(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "the plain loop, one block" in printed
     assert written["blocks"] == 2
     # What no option says is what the config says.
-    said = {"model": folder, "samples": 2, "length": 24, "bits": 5.0, "layers": 2, "device": "cpu"}
+    said: dict[str, Any] = {"model": folder, "samples": 2, "length": 24, "bits": 5.0, "layers": 2, "device": "cpu"}
     assert CompressConfig(**written["config"]) == CompressConfig(**said)
     assert _bench_compress_parser().parse_args(["--allocation_tokens", "null"]).allocation_tokens is None
     assert written["stages"]["solve"]["seconds"] > 0

@@ -26,11 +26,11 @@ def whole(model: Any, batches: Batches) -> Sensed:
     return sensing.finalise()
 
 
-def by_blocks(model: nn.Module, batches: Batches, runner: Runner = Runner(CPU)) -> Sensed:
+def by_blocks(model: nn.Module, batches: Batches, most_bytes: int | None = None) -> Sensed:
     gm = traced(model, batches[0])
     sensing = Sensing(gm, located(gm))
     values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
-    sense_by_blocks(sensing, gm, values, losses_of(batches), runner)
+    sense_by_blocks(sensing, gm, values, losses_of(batches), Runner(CPU, most_bytes=most_bytes))
     return sensing.finalise()
 
 
@@ -89,7 +89,7 @@ def test_gradients_wait_on_the_host_too(llama: Any, batches: Batches, monkeypatc
     monkeypatch.setattr(running, "_SMALL", 0)
     monkeypatch.setattr(running, "_to_host", noted)
     monkeypatch.setattr(backward._Way, "_back", then)
-    check_alike(by_blocks(llama, batches, Runner(CPU, most_bytes=0)), expected)
+    check_alike(by_blocks(llama, batches, most_bytes=0), expected)
     assert len(waiting) >= len(batches)
     assert all(waiting)
 
