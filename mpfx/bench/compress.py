@@ -429,14 +429,16 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     forward = Work(half=2.0 * tokens * weights)
     share = min(1.0, (config.allocation_tokens or tokens) / tokens)
     hessian = Work(half=sum(float(tokens) * channels**2 for channels, _ in groups))  # symmetric: one half
-    factor = Work(single=sum(2 / 3 * channels**3 for channels, _ in groups))  # Cholesky, and a triangle's inverse
+    cholesky = Work(single=sum(1 / 3 * channels**3 for channels, _ in groups))
+    factor = cholesky + cholesky  # and a triangle's inverse, which takes as much
     sweep = Work(single=sum(float(rows) * channels**2 for channels, rows in groups))  # each channel on all later ones
     read = Work(nbytes=weights * _DENSE_BITS / 8)
     written = Work(nbytes=weights * config.bits / 8)
     yield OBSERVE, Work(half=share * (forward.half + hessian.half))
     yield f"{OBSERVE}/{HESSIAN}", Work(half=share * hessian.half)
     yield "sense", forward + forward + forward  # there, and there and back once more
-    yield "allocate", factor + read
+    yield ALLOCATE, cholesky + read  # the diagonal of the factor is enough
+    yield f"{ALLOCATE}/factor", cholesky
     yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
     yield f"{SOLVE}/{HESSIAN}", hessian
     yield f"{SOLVE}/factor", factor

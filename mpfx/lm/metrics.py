@@ -21,7 +21,8 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
     The softmax is never formed: a log-softmax of (at least) float32 logits keeps tokens whose probability
     underflows. Chunks of rows are normalised one after another, so that the extra memory is a constant
-    16 MiB, 64 on a CUDA device (or one position, if that is larger), and never a copy of all logits.
+    16 MiB, 64 on a CUDA device (or one position, if that is larger), and never a copy of all logits; unless they
+    require a gradient, for which the log-softmax of all is kept.
 
     Args:
         logits: ``(batch, tokens, vocabulary)``, unnormalised, of any floating dtype.

@@ -109,7 +109,7 @@ class _Way:
 
     def _back(self, block: Block, groups: Sequence[InputGroup], stream: _Stream, sensing: Sensing) -> None:
         calls: dict[str, list[Call]] = {group.name: [] for group in groups if group.sites[0].stack is None}
-        read = self.runner.fetched(stream.read.pop())
+        read, stream.gradients = self.runner.fetched(stream.read.pop()), self.runner.fetched(stream.gradients)
         inputs = {name: self._leaf(value) for name, value in read.items() if name in self.handed_on}
         with sensing.listening(calls, groups):
             with self.runner.context():
@@ -129,6 +129,7 @@ class _Way:
             if isinstance(value, Tensor) and value.grad is not None:
                 known = stream.gradients.get(name)
                 stream.gradients[name] = value.grad if known is None else known + value.grad
+        stream.gradients = self.runner.kept(stream.gradients)  # blocks that are fetched go through many batches
 
     @staticmethod
     def _leaf(value: Any) -> Any:

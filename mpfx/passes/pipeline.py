@@ -30,6 +30,9 @@ _STAGES = {
 }
 """Names of the passes' times in reports."""
 
+_PROCESSES = (2, 3, 4, 8)
+"""Numbers of processes among which chosen batches go round."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -125,12 +128,24 @@ def _spread(counts: Sequence[int], least: int | None) -> list[int]:
     """Numbers of batches, evenly spread, that hold at least so many tokens; all if there are no more than that."""
     if least is None or sum(counts) <= least:
         return list(range(len(counts)))
-    number = next(k for k in range(1, len(counts) + 1) if sum(counts[i] for i in _every(len(counts), k)) >= least)
-    return _every(len(counts), number)
+    enough = range(-(-least // max(counts)), len(counts) + 1)
+    tried = (_every(len(counts), number) for number in enough)
+    return next(chosen for chosen in tried if sum(counts[i] for i in chosen) >= least)
 
 
 def _every(count: int, number: int) -> list[int]:
-    return [index * count // number for index in range(number)]
+    """Some of many numbers, one of every stretch, such that each of several processes has as many.
+
+    Batches are dealt out in turn: every fourth one would be the first process's alone, of two as of four. How many
+    processes there are must not matter to the choice.
+    """
+    chosen, loads = list[int](), {processes: [0] * processes for processes in _PROCESSES}
+    for index in range(number):
+        stretch = range(index * count // number, (index + 1) * count // number)
+        chosen.append(min(stretch, key=lambda n: sum(size * load[n % size] for size, load in loads.items())))
+        for size, load in loads.items():
+            load[chosen[-1] % size] += 1
+    return chosen
 
 
 @torch.no_grad()

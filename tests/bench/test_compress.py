@@ -12,7 +12,7 @@ from mpfx.bench import compress
 from mpfx.bench.compress import CompressConfig, CompressReport, Rates, Work, bench
 from mpfx.bench.models import random_model
 from mpfx.bench.stages import Meter, Stage
-from mpfx.cli import main
+from mpfx.cli import _bench_compress_parser, main
 from mpfx.graph import linear_weight, traced_module
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.passes import Pack, located_graph, solve
@@ -79,6 +79,7 @@ def test_every_stage_has_its_time_and_floor(folder: str, guided: bool, monkeypat
     hessians = 4 * 24 * LAYERS * (3 * 128**2 + 256**2) / 2e9
     assert found.floors["solve/Hessian"] == pytest.approx(hessians)
     assert found.floors["solve/factor"] == pytest.approx(2 / 3 * LAYERS * (3 * 128**3 + 256**3) / 2e9)
+    assert found.floors["allocate/factor"] == found.floors["solve/factor"] / 2
     assert found.floors["observe"] == pytest.approx(2 * 4 * 24 * WEIGHTS / 2e9 + hessians)
     assert ("sense" in found.floors) == guided
 
@@ -164,6 +165,10 @@ def test_the_command(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "| solve: sweep |" in printed
     assert "the plain loop, one block" in printed
     assert written["blocks"] == 2
+    # What no option says is what the config says.
+    said: dict[str, Any] = {"model": folder, "samples": 2, "length": 24, "bits": 5.0, "layers": 2, "device": "cpu"}
+    assert CompressConfig(**written["config"]) == CompressConfig(**said)
+    assert _bench_compress_parser().parse_args(["--allocation_tokens", "null"]).allocation_tokens is None
     assert written["stages"]["solve"]["seconds"] > 0
     assert written["seconds"] == pytest.approx(
         sum(s["seconds"] for n, s in written["stages"].items() if "/" not in n and n != "trace")

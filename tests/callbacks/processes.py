@@ -131,7 +131,8 @@ def perplexity(devices: int) -> Any:
 
 CASES: dict[str, Callable[[int], Any]] = {
     "guided": lambda devices: language_model(devices, bits_per_weight=4),
-    "scaled": lambda devices: known_calls(devices, bits_per_weight=4, guidance=0, correction=0),
+    # One batch says enough, so that of several processes only one has any to observe.
+    "scaled": lambda devices: known_calls(devices, bits_per_weight=4, guidance=0, correction=0, allocation_tokens=1),
     "tiers": lambda devices: known_calls(
         devices, bits_per_weight=4, allocation="budget", sparsity=0.5, allocation_tokens=384
     ),

@@ -26,11 +26,11 @@ def whole(model: Any, batches: Batches) -> Sensed:
     return sensing.finalise()
 
 
-def by_blocks(model: nn.Module, batches: Batches) -> Sensed:
+def by_blocks(model: nn.Module, batches: Batches, most_bytes: int | None = None) -> Sensed:
     gm = traced(model, batches[0])
     sensing = Sensing(gm, located(gm))
     values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
-    sense_by_blocks(sensing, gm, values, losses_of(batches), Runner(CPU))
+    sense_by_blocks(sensing, gm, values, losses_of(batches), Runner(CPU, most_bytes=most_bytes))
     return sensing.finalise()
 
 
@@ -70,6 +70,28 @@ def test_moved_blocks_too(llama: Any, batches: Batches, monkeypatch: pytest.Monk
     check_alike(by_blocks(llama, batches), expected)
     times = sum(tensor.data_ptr() == llama.model.layers[1].mlp.up_proj.weight.data_ptr() for tensor in fetched)
     assert times == 2 * (1 if free else len(batches))  # there and back
+
+
+def test_gradients_wait_on_the_host_too(llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds nothing may hold nothing; on the CPU what was moved is known by its address."""
+    expected, moved, waiting = whole(llama, batches), set[int](), list[bool]()
+    to_host, back = running._to_host, backward._Way._back
+
+    def noted(tensor: Tensor) -> Tensor:
+        found = to_host(tensor)
+        moved.add(found.data_ptr())
+        return found
+
+    def then(way: Any, block: Any, groups: Any, stream: Any, sensing: Any) -> None:
+        back(way, block, groups, stream, sensing)
+        waiting.extend(gradient.data_ptr() in moved for gradient in stream.gradients.values())
+
+    monkeypatch.setattr(running, "_SMALL", 0)
+    monkeypatch.setattr(running, "_to_host", noted)
+    monkeypatch.setattr(backward._Way, "_back", then)
+    check_alike(by_blocks(llama, batches, most_bytes=0), expected)
+    assert len(waiting) >= len(batches)
+    assert all(waiting)
 
 
 def test_experts_too() -> None:

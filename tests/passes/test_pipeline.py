@@ -17,10 +17,21 @@ Batches = list[dict[str, Tensor]]
 def test_some_batches_stand_for_all() -> None:
     assert _spread([10] * 8, None) == list(range(8))
     assert _spread([10] * 8, 80) == list(range(8))
-    assert _spread([10] * 8, 40) == [0, 2, 4, 6]
-    assert _spread([10] * 8, 31) == [0, 2, 4, 6]
+    assert _spread([10] * 8, 40) == [0, 2, 5, 7]
+    assert _spread([10] * 8, 31) == [0, 2, 5, 7]
     assert _spread([10] * 8, 1) == [0]
     assert _spread([5, 100, 5, 5], 30) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("count", "number"), [(32, 8), (64, 8), (128, 32), (31, 8), (30, 8), (256, 64), (9, 8)])
+def test_all_processes_have_some_of_them(count: int, number: int) -> None:
+    """Batches are dealt out in turn; the choice knows nothing of how many processes there are."""
+    chosen = _spread([10] * count, 10 * number)
+    assert len(chosen) == number
+    assert all(index * count // number <= n < (index + 1) * count // number for index, n in enumerate(chosen))
+    for processes in (2, 4, 8):
+        shares = [sum(n % processes == rank for n in chosen) for rank in range(processes)]
+        assert max(shares) - number / processes < 2
 
 
 def test_the_others_are_not_observed(llama: Any, batches: Batches) -> None:

@@ -1,10 +1,12 @@
 """The factor against the explicit inverse."""
 
+import math
+
 import pytest
 import torch
 
 from mpfx.solve import factor_diagonal, factorise
-from mpfx.solve.factor import invert_by_products
+from mpfx.solve.factor import invert_by_products, is_finite
 
 
 def hessian(channels: int, tokens: int) -> torch.Tensor:
@@ -82,3 +84,18 @@ def test_no_activation_at_all_is_recorded() -> None:
     assert torch.equal(factor.upper, torch.eye(3))
     assert factor.fallback is not None
     assert "rounded to nearest" in factor.fallback
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(device: str, dtype: torch.dtype) -> None:
+    values = torch.full((3, 67), torch.finfo(dtype).max, dtype=dtype, device=device)  # no sum of these is finite
+    assert is_finite(values)
+    assert is_finite(values[:0])
+    for wrong in (math.nan, math.inf, -math.inf):
+        for at in (0, 31, 66):
+            damaged = values.clone()
+            damaged[1, at] = wrong
+            assert not is_finite(damaged)
+            assert not is_finite(damaged.t())
+            assert is_finite(damaged[0])
