@@ -439,7 +439,10 @@ def _floors(groups: Sequence[tuple[int, int]], config: CompressConfig) -> Iterat
     yield "sense", forward + forward + forward  # there, and there and back once more
     yield ALLOCATE, cholesky + read  # the diagonal of the factor is enough
     yield f"{ALLOCATE}/factor", cholesky
-    yield SOLVE, forward + forward + hessian + factor + sweep + read + written  # before and after a block is solved
+    runs = forward + forward  # before and after a block is solved
+    if config.compression.corrected:
+        runs += forward  # of the dense model
+    yield SOLVE, runs + hessian + factor + sweep + read + written
     yield f"{SOLVE}/{HESSIAN}", hessian
     yield f"{SOLVE}/factor", factor
     yield f"{SOLVE}/sweep", sweep + read

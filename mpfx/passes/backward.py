@@ -1,10 +1,11 @@
 """Sensitivities of the loss block by block: a block runs once more, on what it read, when its gradient is needed."""
 
-import os
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -14,6 +15,8 @@ from mpfx.passes.observe import groups_of_blocks
 from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner, Values
 from mpfx.passes.sense import Call, Sensing, check_loss, differentiating
+
+logger = logging.getLogger("mpfx.sense")
 
 Loss = Callable[[Any, int], Tensor]
 """From the result of the traced module and the number of the batch to a scalar that can be differentiated."""
@@ -58,7 +61,10 @@ def sense_by_blocks(
         ValueError: if the loss cannot be differentiated, or it or its gradient is not finite.
     """
     way = _Way(gm, loss, runner)
-    for first, last in way.chunks(batches, _free_bytes() // ranks.size):
+    chunks = way.chunks(batches, _free_bytes() // ranks.size)
+    if runner.fetches(way.parts):
+        logger.info("blocks are fetched %d times, for at most %d batches each", 2 * len(chunks), chunks[0][1])
+    for first, last in chunks:
         streams = [_Stream(index, runner.fetched(batches[index])) for index in range(first, last)]
         way.forward(streams)
         way.back(streams, sensing)
@@ -137,8 +143,5 @@ class _Way:
 
 
 def _free_bytes() -> int:
-    """Memory of the host that nobody uses, where the system tells."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 0
+    """Memory of the host that can be had: files that it keeps in the meantime make room."""
+    return int(psutil.virtual_memory().available)

@@ -40,7 +40,8 @@ class CompressionConfig:
         sparsity: fraction of the weights to prune (0.5), or n of every m adjacent channels kept ("2:4"); null: none;
             auto: whatever is best for its bytes, input group by input group (with `optimal` and `bits_per_weight`).
         allocation_tokens: tokens of the calibration data that bits are given by: so many at least, whole batches,
-            evenly spread. Fewer take less time; solving takes all. null: all.
+            evenly spread. Fewer take less time and cost quality (measured: perplexity 78 instead of 73 by a quarter
+            of 32768 tokens, SmolLM2-135M at 3.34 bits); solving takes all. null: all.
         importance: weights of the five signals.
         tiers: widths and quantiles of `quantile`; `budget` uses the widths.
         threshold: thresholds and widths of `threshold`.

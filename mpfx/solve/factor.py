@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpfx.stats import exact_products
+
 _LADDER = (1, 10, 100)
 
 _SMALLEST = 512  # channels of a triangle that is inverted as a whole
@@ -62,6 +64,7 @@ def factor_diagonal(hessian: Tensor, damping: float = 0.01) -> Tensor:
     return _climb(hessian, damping, lambda lower: lower.diagonal().reciprocal().diag_embed()).upper.diagonal()
 
 
+@exact_products()
 def _climb(hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor]) -> Factor:
     """Find the damping at which a Hessian can be factorised.
 

@@ -15,6 +15,7 @@ from mpfx.nn.packing import QuantizedWeight
 from mpfx.solve.device import has_kernels
 from mpfx.solve.grid import Grid, nearest
 from mpfx.solve.state import DescentState
+from mpfx.stats import exact_products
 
 if TYPE_CHECKING:
     from mpfx.solve.cuda import KernelDescent
@@ -43,6 +44,7 @@ def refine(
     return measured_refine(weight, solved, hessian, damping, passes)[0]
 
 
+@exact_products()
 def measured_refine(
     weight: Tensor, solved: QuantizedWeight, hessian: Tensor, damping: float = 0.01, passes: int = 1
 ) -> tuple[QuantizedWeight, Tensor]:

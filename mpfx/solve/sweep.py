@@ -18,6 +18,7 @@ from mpfx.solve.factor import is_finite
 from mpfx.solve.grid import Grid, GridConfig, fit_grid, nearest
 from mpfx.solve.mask import Sparsity, prune_n_of_m
 from mpfx.solve.state import SweepState
+from mpfx.stats import exact_products
 
 if TYPE_CHECKING:
     from mpfx.solve.cuda import KernelSweep
@@ -52,6 +53,7 @@ def sweep(
     return measured_sweep(weight, upper, layout, grid, sparsity)[0]
 
 
+@exact_products()
 def measured_sweep(
     weight: Tensor, upper: Tensor, layout: Layout, grid: GridConfig, sparsity: Sparsity | None = None
 ) -> tuple[QuantizedWeight, Tensor]:
@@ -181,6 +183,7 @@ def layer_error(
     return quadratic_form(off, hessian) / size
 
 
+@exact_products()
 def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
     """``tr(X H X^T)`` of a symmetric H: what is left of its diagonal is not multiplied.
 

@@ -7,6 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mpfx.stats.precision import exact_products
+
 _CHUNK, _CHUNK_CUDA = 2048, 8192
 """Tokens that are scaled and multiplied at a time: more of them take memory, and gain nothing."""
 
@@ -116,6 +118,7 @@ class MomentAccumulator:
         self.tokens = 0
 
     @torch.no_grad()
+    @exact_products()
     def update(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Add the tokens of one batch, a few thousand at a time.
 

@@ -1,12 +1,13 @@
 """Accumulated statistics against numpy on all tokens at once."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mpfx.stats import MomentAccumulator, Sums
+from mpfx.stats import MomentAccumulator, Sums, exact_products
 
 
 def tokens(count: int, channels: int = 7) -> torch.Tensor:
@@ -135,3 +136,43 @@ def test_channels_that_were_not_looked_at_are_no_numbers() -> None:
     moments = alone.finalise()
     assert torch.allclose(moments.hessian, 2 / 30 * x.t() @ x, atol=1e-6)
     assert all(bool(part.isnan().all()) for part in (moments.mean_abs, moments.mean, moments.variance))
+
+
+@pytest.mark.parametrize("wanted", ["highest", "high", "medium"])
+def test_products_are_exact_whatever_the_user_allows(wanted: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == wanted
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed == (wanted != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_what_is_set_for_one_backend_alone_is_back_afterwards() -> None:
+    backend: Any = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with exact_products():
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
+@pytest.mark.gpu
+def test_float32_hessians_are_not_rounded_to_tf32() -> None:
+    x, before = tokens(3000, 64), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        accumulator = MomentAccumulator(64, "cuda")
+        accumulator.update(x.cuda())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = 2 / 3000 * x.double().t() @ x.double()
+    torch.testing.assert_close(accumulator.finalise().hessian.cpu().double(), exact, rtol=1e-5, atol=1e-5)

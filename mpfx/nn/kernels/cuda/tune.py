@@ -13,6 +13,7 @@ from mpfx.nn.kernels.cuda.kept import cache_folder, replace
 
 T = TypeVar("T")
 _REPEATS = 5
+_AHEAD = 32  # fillings of memory that keep the device busy, about a millisecond, until what is timed has been launched
 
 
 def fastest(key: str, candidates: Sequence[T], run: Callable[[T], None], device: torch.device) -> T:
@@ -47,7 +48,8 @@ def _times(candidates: Sequence[T], run: Callable[[T], None], device: torch.devi
         found = []
         for _ in range(_REPEATS):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            other.zero_()
+            for _ in range(_AHEAD):
+                other.zero_()
             start.record()
             run(candidate)
             end.record()
