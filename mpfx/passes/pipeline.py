@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.passes.running import Runner
 from mpfx.passes.scale import FoldScales
 from mpfx.passes.solve import PruneAndQuantize, SolveConfig, SolvedGroup, solved_groups
+from mpfx.solve import prepare
 from mpfx.stats import ALL_SUMS, ChannelMoments, Moments, Sensitivity, Sums
 
 _STAGES = {
@@ -183,7 +185,11 @@ def compress_calibrated(
     seconds: dict[str, float] = {}
     with ExitStack() as undo:
         # No hook is left if a pass fails.
-        with calibration.ranks.together(), closing(_steps(calibration, config, solve, runner, seconds)) as steps:
+        with (
+            calibration.ranks.together(),
+            _prepared(config, runner) as compiled,
+            closing(_steps(calibration, config, solve, runner, seconds, compiled)) as steps,
+        ):
             gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, run=runner.whole, way_back=undo)
         kept = undo.pop_all()
     if way_back is not None:
@@ -192,8 +198,23 @@ def compress_calibrated(
     return Compressed(gm, solved_groups(gm), {_STAGES.get(name, name): value for name, value in seconds.items()})
 
 
+@contextmanager
+def _prepared(config: CompressionConfig, runner: Runner) -> Iterator[Callable[[], Any]]:
+    """Kernels that solving needs are compiled meanwhile; gives what waits for that."""
+    device = torch.device("cpu") if runner.device is None else runner.device
+    with ThreadPoolExecutor(1) as background:
+        patterns = [(pattern, bool(pattern) and config.refine > 0) for pattern in config.patterns]
+        compiling = [background.submit(prepare, config.grid, *pattern, device) for pattern in patterns]
+        yield lambda: wait(compiling)
+
+
 def _steps(
-    calibration: Calibration, config: CompressionConfig, solve: Pass, runner: Runner, seconds: dict[str, float]
+    calibration: Calibration,
+    config: CompressionConfig,
+    solve: Pass,
+    runner: Runner,
+    seconds: dict[str, float],
+    wait_for_kernels: Callable[[], Any],
 ) -> Generator[Pass]:
     channels: dict[str, ChannelMoments] = {}
 
@@ -209,6 +230,7 @@ def _steps(
         yield Allocate(config, stream, calibration.ranks)
     if config.scaled:
         yield FoldScales(channels, calibration.ranks)
+    wait_for_kernels()
     yield solve
     yield Pack()
     yield FoldPermutations(runner.device)

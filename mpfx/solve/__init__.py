@@ -1,6 +1,7 @@
 """Solving one weight: grids, masks, the factor of the Hessian, the sweep, refinement. Tensors in, tensors out."""
 
 from mpfx.solve.coded import ScaleBases, fit_bases, fit_coded_grid
+from mpfx.solve.device import prepare
 from mpfx.solve.factor import Factor, factor_diagonal, factorise
 from mpfx.solve.grid import Grid, GridConfig, fit_grid
 from mpfx.solve.mask import Sparsity, prune_lowest, prune_n_of_m
@@ -22,6 +23,7 @@ __all__ = [
     "layer_error",
     "measured_refine",
     "measured_sweep",
+    "prepare",
     "prune_lowest",
     "prune_n_of_m",
     "quadratic_form",

@@ -148,6 +148,28 @@ class KernelDescent(DescentState):
         )  # fmt: skip
 
 
+@torch.no_grad()
+def compile_kernels(config: GridConfig, sparsity: Sparsity, refined: bool, device: torch.device) -> None:
+    """Solve a small weight as others will be: what compiles for it serves them too. Takes seconds, the first time.
+
+    Meant for a thread beside the one that uses the device: it works on a stream of its own.
+
+    Args:
+        config: how grids are fitted.
+        sparsity: what is pruned.
+        refined: whether codes are refined after the sweep.
+        device: a CUDA device.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        weight = torch.linspace(-1, 1, _ROWS * PANEL, device=device).view(_ROWS, PANEL)
+        hessian, layout = torch.eye(PANEL, device=device), Layout(PANEL, (4,) * (PANEL // SEGMENT), config.group_size)
+        solved = KernelSweep(weight, hessian, layout, config, sparsity).solve()
+        if refined:
+            KernelDescent(weight, solved, hessian, 0.01).cycle()
+    stream.synchronize()
+
+
 def _padded(values: Tensor, below: int, right: int = 0) -> Tensor:
     """More rows, and columns, of zeros."""
     return torch.nn.functional.pad(values, (0, right, 0, below))

@@ -1,10 +1,14 @@
 """What solves weights where: kernels, or PyTorch."""
 
 import logging
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+
+from mpfx.solve.grid import GridConfig
+from mpfx.solve.mask import Sparsity
 
 logger = logging.getLogger("mpfx.solve")
 
@@ -12,6 +16,18 @@ logger = logging.getLogger("mpfx.solve")
 def has_kernels(device: torch.device) -> bool:
     """Whether a device has kernels: CUDA devices do, with Triton."""
     return device.type == "cuda" and _has_triton()
+
+
+def prepare(config: GridConfig, sparsity: Sparsity, refined: bool, device: torch.device) -> None:
+    """Compile what solving will need, where there is something to compile; see :func:`mpfx.solve.cuda.compile_kernels`.
+
+    If that fails, so does solving, which says why.
+    """
+    if has_kernels(device):
+        from mpfx.solve.cuda import compile_kernels
+
+        with suppress(Exception):
+            compile_kernels(config, sparsity, refined, device)
 
 
 @cache

@@ -1,5 +1,6 @@
-"""What bits are given by."""
+"""What bits are given by, and what is made ready meanwhile."""
 
+import time
 from typing import Any
 
 import pytest
@@ -7,8 +8,19 @@ import torch
 from torch import Tensor
 
 from mpfx.graph import bind_inputs, trace
-from mpfx.passes import Calibration, CompressionConfig, Runner, Sensed, analysis, located, run_passes
-from mpfx.passes.pipeline import _spread
+from mpfx.passes import (
+    Calibration,
+    CompressionConfig,
+    PruneAndQuantize,
+    Runner,
+    Sensed,
+    analysis,
+    located,
+    pipeline,
+    run_passes,
+)
+from mpfx.passes.pipeline import _spread, compress_calibrated
+from mpfx.solve import Sparsity
 from mpfx.stats import Sensitivity
 
 Batches = list[dict[str, Tensor]]
@@ -48,6 +60,30 @@ def test_the_others_are_not_observed(llama: Any, batches: Batches) -> None:
     assert len(batches) > 1
     with pytest.raises(ValueError, match="`allocation_tokens` of 1 or more"):
         _config(0)
+
+
+@pytest.mark.parametrize(("sparsity", "refined"), [(None, False), ("2:4", True)])
+def test_kernels_are_made_ready_before_anything_is_solved(
+    llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch, sparsity: str | None, refined: bool
+) -> None:
+    gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis())
+    calls = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+    config = CompressionConfig(bits_per_weight=5, guidance=0, correction=0, sparsity=sparsity)
+    done: list[Any] = []
+
+    def prepare(*given: Any) -> None:
+        time.sleep(0.2)
+        done.append(given)
+
+    def solve(*args: Any) -> Any:
+        assert done
+        return original(*args)
+
+    original = PruneAndQuantize.__call__
+    monkeypatch.setattr(pipeline, "prepare", prepare)
+    monkeypatch.setattr(PruneAndQuantize, "__call__", solve)
+    compress_calibrated(Calibration(gm, calls), config, runner=Runner(torch.device("cpu")))
+    assert done == [(config.grid, Sparsity.parse(sparsity), refined, torch.device("cpu"))]
 
 
 def _config(tokens: int | None) -> CompressionConfig:

@@ -150,3 +150,25 @@ def test_refinement_tells_whether_a_code_has_changed() -> None:
         assert cycles < 100
     assert cycles > 1
     assert torch.equal(state.result(), before)
+
+
+@pytest.mark.parametrize("pattern", [None, 0.5, "2:4"])
+@pytest.mark.parametrize("config", [GridConfig(), GridConfig(scale_bits=16)])
+def test_kernels_that_were_compiled_ahead_serve(pattern: float | str | None, config: GridConfig) -> None:
+    from mpfx.solve.cuda import compile_kernels
+    from mpfx.solve.descent import descent_kernel
+    from mpfx.solve.panels import panel_kernel
+
+    def compiled() -> int:
+        kernels = (panel_kernel, descent_kernel)
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    sparsity = Sparsity.parse(pattern)
+    compile_kernels(config, sparsity, bool(sparsity), torch.device("cuda"))
+    before = compiled()
+    assert before
+    weight, h = problem(77, 320)
+    solved = sweep(weight.cuda(), upper_of(h).cuda(), Layout(320, (4, 4, 3, 3, 5, 5, 2, 2, 8, 8)), config, sparsity)
+    if sparsity:
+        refine(weight.cuda(), solved, h.cuda())
+    assert compiled() == before
