@@ -221,8 +221,7 @@ def token_weights(gm: fx.GraphModule, groups: Sequence[InputGroup]) -> Weigh:
             mask = None
         if weights is None:
             return mask
-        weights = weights.to(x.device)
-        return weights if mask is None else weights * mask.flatten()
+        return weights if mask is None else weights.to(mask.device) * mask.flatten()
 
     return weigh
 

@@ -15,6 +15,8 @@ from mpfx.passes.observe import Sensed, argument
 from mpfx.passes.ranks import ALONE, Ranks
 from mpfx.stats import Sensitivity
 
+_TOGETHER = 64  # batches' gradients that wait on the device at most: a few numbers a token
+
 
 @dataclass
 class Call:
@@ -41,6 +43,7 @@ class Sensing:
         self._groups = groups
         self._batches: dict[str, list[list[Tensor]]] = {g.name: [] for g in groups if g.sites[0].stack is None}
         self._gradients: dict[str, float] = defaultdict(float)
+        self._taken: list[tuple[dict[str, list[int]], Tensor | None]] = []
 
     def batch(
         self,
@@ -67,20 +70,37 @@ class Sensing:
             value.backward()
         # Checkpoints run parts again during the backward pass, some of them beside the graph.
         self.take({n: [c for i, c in enumerate(found) if i < before[n] or c.heard] for n, found in calls.items()})
+        self._look()
 
     def take(self, calls: Mapping[str, Sequence[Call]]) -> None:
-        """Take in what was heard of one batch."""
+        """Take in what was heard of one batch; it is looked at some time later, as the device is waited for then.
+
+        Raises:
+            ValueError: if a gradient is not finite, of this batch or one before.
+        """
         heard = [call.squares for found in calls.values() for call in found]
-        # One copy, as the device is waited for at each.
-        host = iter(torch.cat(heard).cpu().split([len(squares) for squares in heard]) if heard else ())
-        for name, found in calls.items():
-            squares = [next(host) for _ in found]
-            if not all(bool(torch.isfinite(call).all()) for call in squares):
-                raise ValueError(
-                    f"the gradient of the loss at the outputs of group {name} is not finite: look at the data of this "
-                    "batch, and at the compute precision (float16 overflows where bfloat16 and float32 do not)."
-                )
-            self._batches[name].append(squares)
+        sizes = {name: [len(call.squares) for call in found] for name, found in calls.items()}
+        self._taken.append((sizes, torch.cat(heard) if heard else None))
+        if len(self._taken) >= _TOGETHER:
+            self._look()
+
+    def _look(self) -> None:
+        """Bring what was taken to the host."""
+        for sizes, squares in self._taken:
+            counts = [count for found in sizes.values() for count in found]
+            host = iter(() if squares is None else squares.cpu().split(counts))
+            for name, found in sizes.items():
+                self._batches[name].append(self._finite(name, [next(host) for _ in found]))
+        self._taken.clear()
+
+    @staticmethod
+    def _finite(name: str, squares: list[Tensor]) -> list[Tensor]:
+        if not all(bool(torch.isfinite(call).all()) for call in squares):
+            raise ValueError(
+                f"the gradient of the loss at the outputs of group {name} is not finite: look at the calibration data, "
+                "and at the compute precision (float16 overflows where bfloat16 and float32 do not)."
+            )
+        return squares
 
     def finalise(self, ranks: Ranks = ALONE) -> Sensed:
         """Hand over what was gathered; keeps none.
@@ -89,8 +109,9 @@ class Sensing:
             ranks: that share the batches: each gets the sensitivities of its own ones, as part of all.
 
         Raises:
-            ValueError: if the loss does not depend on what some sites put out.
+            ValueError: if the loss does not depend on what some sites put out, or a gradient is not finite.
         """
+        self._look()
         own = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
         parts = ranks.gathered(lambda: ({name: replace(o, batches=()) for name, o in own.items()}, self._gradients))

@@ -129,17 +129,19 @@ class MomentAccumulator:
 
         Args:
             x: ``(..., in)``, any floating dtype.
-            weights: ``(...)``, non-negative weight c_t of every token. Tokens of weight 0 (padding) do not count at
-                all.
+            weights: ``(...)``, non-negative weight c_t of every token, best on the host. Tokens of weight 0 (padding)
+                do not count at all.
             reference: what another model reads in the place of x, ``(..., in)``; None: the same, or not known.
         """
         x = x.detach().flatten(0, -2)
         y = None if reference is None else reference.detach().flatten(0, -2)
         c = None if weights is None else weights.detach().flatten().float()
-        if c is not None and not bool((kept := c > 0).all()):
-            x, c, y = x[kept], c[kept], None if y is None else y[kept]
-        if c is not None and bool((c == 1).all()):
-            c = None
+        if c is not None:  # looked at where they are: from the host, no device has to be waited for
+            kept = c > 0
+            if not bool(kept.all()):
+                c, places = c[kept], kept.nonzero()[:, 0].to(x.device)
+                x, y = x[places], None if y is None else y[places]
+            c = None if bool((c == 1).all()) else c.to(x.device)
         self.tokens += len(x)
         size = _CHUNK if x.device.type == "cpu" else _CHUNK_CUDA
         for start in range(0, len(x), size):
@@ -156,7 +158,7 @@ class MomentAccumulator:
             if weights is not None:
                 raise ValueError("Expected tokens that count alike where no products of channels are summed.")
             return
-        roots, share = (None, None) if weights is None else _roots(weights)
+        roots, share = (None, None) if weights is None else _roots(weights, x.dtype)
         scaled = _scaled(x, roots)
         _add_blocks(self._outer, scaled, scaled, share, upper=True)
         if reference is not None:
@@ -225,8 +227,10 @@ def _multiplies_half(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _roots(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots of weights relative to their largest, ``(tokens, 1)``, so that none overflows, and the largest."""
+def _roots(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Roots of weights, ``(tokens, 1)``; for float16 relative to the largest, so that none overflows, and that one."""
+    if dtype != torch.float16:
+        return weights.sqrt()[:, None], None
     largest = weights.max()
     return (weights / largest).sqrt()[:, None], largest
 
