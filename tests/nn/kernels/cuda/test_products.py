@@ -235,6 +235,7 @@ def test_tiles_know_how_many_clusters_run_at_once() -> None:
     assert counts[0] == processors  # a block has one for itself
     assert 0 < counts[7] <= processors // 8
     assert list(counts) == sorted(counts, reverse=True)
+    assert clusters_at_once(384, 208 << 10, 9, 0) == (*counts, 0)  # the driver refuses that many blocks
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])
