@@ -68,7 +68,10 @@ class Kernel:
         """How many clusters of such a launch the current device runs at the same time, if it runs nothing else."""
         config = self._config(launch)
         config.attrs, config.numAttrs = [_cluster(launch.cluster)], 1  # also of one block
-        (count,) = _check(_driver().cuOccupancyMaxActiveClusters(self._function, config))
+        status, count = _driver().cuOccupancyMaxActiveClusters(self._function, config)
+        if status == _driver().CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:  # as on a small slice of a GPU
+            return 0
+        _check((status,))
         return int(count)
 
     def _config(self, launch: Launch) -> Any:

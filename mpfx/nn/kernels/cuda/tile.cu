@@ -400,7 +400,8 @@ __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, const
     wait_for_last();
 }
 
-// One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ...
+// One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ... It waits for the others' steps too: a wait
+// tells a phase of a barrier from the next one only, and the last step in a stage is another warp's, if STAGES is odd.
 __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
     float scales[4];  // of its rows, without those of the channels
 #pragma unroll
@@ -409,9 +410,10 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, con
         scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
     }
 #pragma unroll 1
-    for (int k = first; k < p.steps; k += PREPARERS) {
+    for (int k = 0; k < p.steps; k++) {
         char* stage = room.ring + k % STAGES * STAGE_BYTES;
         wait(room.full + k % STAGES * 8, k / STAGES & 1);
+        if (k % PREPARERS != first) continue;
 #pragma unroll
         for (int s = 0; s < 2; s++) {
             const int bits = room.units[2 * k + s].x;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpfx.nn import Layout, PackedWeight, pack
 from mpfx.nn.kernels import cuda, packed_linear, packed_linears, reference
-from mpfx.nn.kernels.cuda import tune
+from mpfx.nn.kernels.cuda import nvrtc, tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.kept import cache_folder
 from mpfx.nn.kernels.cuda.nvrtc import clusters_at_once
@@ -203,6 +203,30 @@ def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tupl
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("tokens", [256, 176])
+def test_tiles_wait_for_a_step_that_comes_late(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings of five stages and of six; all that is copied ahead, but for the first step, is there before that."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    packed = on_device(pack(random_weight(LAYOUTS[-1], 256, coded=True)))
+    x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+    cut, load, copied = Tile(tokens, (Part(2, 1),)), nvrtc._load, "arrive_with(full, X_BYTES);"
+
+    def product() -> Tensor:
+        out = torch.empty(tokens, 256, dtype=torch.bfloat16, device="cuda")
+        cut.multiply(x, packed, None, None, out)
+        return out
+
+    def late(source: str, *options: Any) -> nvrtc.Kernel:
+        assert source.count(copied) == 1
+        return load(source.replace(copied, f"if (k == 0) __nanosleep(200000);\n{copied}"), *options)
+
+    expected = product()
+    monkeypatch.setattr(nvrtc, "_load", late)
+    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
+    assert torch.equal(product(), expected)
+
+
 def test_tiles_know_how_many_clusters_run_at_once() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
@@ -211,6 +235,7 @@ def test_tiles_know_how_many_clusters_run_at_once() -> None:
     assert counts[0] == processors  # a block has one for itself
     assert 0 < counts[7] <= processors // 8
     assert list(counts) == sorted(counts, reverse=True)
+    assert clusters_at_once(384, 208 << 10, 9, 0) == (*counts, 0)  # the driver refuses that many blocks
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])
