@@ -68,6 +68,7 @@ def sense_by_blocks(
         streams = [_Stream(index, runner.fetched(batches[index])) for index in range(first, last)]
         way.forward(streams)
         way.back(streams, sensing)
+    sensing.fetch()
 
 
 class _Way:

@@ -187,8 +187,8 @@ def compress_calibrated(
         # No hook is left if a pass fails.
         with (
             calibration.ranks.together(),
-            _prepared(config, runner) as compiled,
-            closing(_steps(calibration, config, solve, runner, seconds, compiled)) as steps,
+            _prepared(config, runner) as wait_for_kernels,
+            closing(_steps(calibration, config, solve, runner, seconds, wait_for_kernels)) as steps,
         ):
             gm = run_passes(calibration.graph_module, steps, [sample], seconds=seconds, run=runner.whole, way_back=undo)
         kept = undo.pop_all()

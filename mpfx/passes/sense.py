@@ -70,7 +70,7 @@ class Sensing:
             value.backward()
         # Checkpoints run parts again during the backward pass, some of them beside the graph.
         self.take({n: [c for i, c in enumerate(found) if i < before[n] or c.heard] for n, found in calls.items()})
-        self._look()
+        self.fetch()
 
     def take(self, calls: Mapping[str, Sequence[Call]]) -> None:
         """Take in what was heard of one batch; it is looked at some time later, as the device is waited for then.
@@ -82,10 +82,14 @@ class Sensing:
         sizes = {name: [len(call.squares) for call in found] for name, found in calls.items()}
         self._taken.append((sizes, torch.cat(heard) if heard else None))
         if len(self._taken) >= _TOGETHER:
-            self._look()
+            self.fetch()
 
-    def _look(self) -> None:
-        """Bring what was taken to the host."""
+    def fetch(self) -> None:
+        """Bring what was taken to the host.
+
+        Raises:
+            ValueError: if a gradient is not finite.
+        """
         for sizes, squares in self._taken:
             counts = [count for found in sizes.values() for count in found]
             host = iter(() if squares is None else squares.cpu().split(counts))
@@ -93,12 +97,12 @@ class Sensing:
                 self._batches[name].append(self._finite(name, [next(host) for _ in found]))
         self._taken.clear()
 
-    @staticmethod
-    def _finite(name: str, squares: list[Tensor]) -> list[Tensor]:
+    def _finite(self, name: str, squares: list[Tensor]) -> list[Tensor]:
         if not all(bool(torch.isfinite(call).all()) for call in squares):
             raise ValueError(
-                f"the gradient of the loss at the outputs of group {name} is not finite: look at the calibration data, "
-                "and at the compute precision (float16 overflows where bfloat16 and float32 do not)."
+                f"the gradient of the loss at the outputs of group {name} is not finite in batch "
+                f"{len(self._batches[name])}, counted from 0: look at the data of this batch, and at the compute "
+                "precision (float16 overflows where bfloat16 and float32 do not)."
             )
         return squares
 
@@ -111,7 +115,7 @@ class Sensing:
         Raises:
             ValueError: if the loss does not depend on what some sites put out, or a gradient is not finite.
         """
-        self._look()
+        self.fetch()
         own = {name: Sensitivity.of(batches) for name, batches in self._batches.items()}
         self._batches.clear()
         parts = ranks.gathered(lambda: ({name: replace(o, batches=()) for name, o in own.items()}, self._gradients))

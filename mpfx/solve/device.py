@@ -1,7 +1,6 @@
 """What solves weights where: kernels, or PyTorch."""
 
 import logging
-from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 
@@ -21,13 +20,15 @@ def has_kernels(device: torch.device) -> bool:
 def prepare(config: GridConfig, sparsity: Sparsity, refined: bool, device: torch.device) -> None:
     """Compile what solving will need, where there is something to compile; see :func:`mpfx.solve.cuda.compile_kernels`.
 
-    If that fails, so does solving, which says why.
+    If that fails, so does solving, which raises the error.
     """
     if has_kernels(device):
         from mpfx.solve.cuda import compile_kernels
 
-        with suppress(Exception):
+        try:
             compile_kernels(config, sparsity, refined, device)
+        except Exception:
+            logger.debug("kernels could not be compiled ahead", exc_info=True)
 
 
 @cache

@@ -84,6 +84,16 @@ def test_every_stage_has_its_time_and_floor(folder: str, guided: bool, monkeypat
     assert ("sense" in found.floors) == guided
 
 
+def test_a_correction_takes_another_run_of_the_dense_model() -> None:
+    """Of one group: 100 channels, 50 rows; two operations a weight and token."""
+    plain, corrected = (
+        dict(compress._floors([(100, 50)], CompressConfig(device="cpu", samples=2, length=10, correction=share)))
+        for share in (0.0, 0.5)
+    )
+    assert corrected["solve"].half - plain["solve"].half == 2 * 20 * 100 * 50
+    assert {name for name in plain if corrected[name] != plain[name]} == {"solve"}
+
+
 def test_unguided_is_plain_unless_told_otherwise() -> None:
     plain, guided = CompressConfig(device="cpu").compression, CompressConfig(device="cpu", guided=True).compression
     assert (plain.power, plain.corrected, plain.offload) == (0, 0, "never")

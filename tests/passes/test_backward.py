@@ -8,7 +8,18 @@ from torch import Tensor, fx, nn
 
 from mpfx.graph import bind_inputs, trace
 from mpfx.lm import losses_of
-from mpfx.passes import Runner, Sensed, Sensing, analysis, backward, located, run_passes, running, sense_by_blocks
+from mpfx.passes import (
+    Runner,
+    Sensed,
+    Sensing,
+    analysis,
+    backward,
+    located,
+    run_passes,
+    running,
+    sense,
+    sense_by_blocks,
+)
 
 Batches = list[dict[str, Tensor]]
 CPU = torch.device("cpu")
@@ -92,6 +103,24 @@ def test_gradients_wait_on_the_host_too(llama: Any, batches: Batches, monkeypatc
     check_alike(by_blocks(llama, batches, most_bytes=0), expected)
     assert len(waiting) >= len(batches)
     assert all(waiting)
+
+
+@pytest.mark.parametrize("together", [1, 64])
+def test_a_gradient_that_is_not_finite_names_its_batch(
+    llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """However late it is looked at."""
+    gm = traced(llama, batches[0])
+    values = [bind_inputs(gm, (), {**batch, "use_cache": False}) for batch in batches]
+
+    def loss(result: Any, index: int) -> Tensor:
+        mean: Tensor = result["logits"].mean()
+        return mean if index < 1 else (mean - mean.detach()).sqrt()  # 0, whose root has no finite slope
+
+    monkeypatch.setattr(sense, "_TOGETHER", together)
+    sensing = Sensing(gm, located(gm))
+    with pytest.raises(ValueError, match=r"not finite in batch 1, counted from 0: look at the data of this batch"):
+        sense_by_blocks(sensing, gm, values, loss, Runner(CPU))
 
 
 def test_experts_too() -> None:
