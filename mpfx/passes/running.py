@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +16,7 @@ from mpfx.graph import OUTPUT, Block, blocks, last_readers, run_block, run_on
 Values = dict[str, Any]
 """What later blocks read of one batch, by name."""
 
-_SMALL = 1 << 20  # bytes; smaller tensors stay on the device: masks, positions, what all blocks read
+_SMALL = 1 << 20  # bytes; tensors below stay where they are: positions, masks of short batches, what all blocks read
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,17 @@ class Runner:
     device: torch.device | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     most_bytes: int | None = None
+    _alike: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary, init=False, repr=False)
 
     def placed(self, parts: Sequence[Block]) -> AbstractContextManager[Iterator[Block]]:
         """Iterate over blocks, each of which lies on the device until the next one is asked for."""
         return closing(self._placed(parts))  # type: ignore[type-var]
 
     def run(self, block: Block, values: Mapping[str, Any], readers: Mapping[str, int]) -> Values:
-        """Run a block that is placed; see :func:`mpfx.graph.run_block`."""
+        """Run a block that is placed; see :func:`mpfx.graph.run_block`. Batches share masks that they have alike."""
         with self.context():
-            return run_block(block, self.fetched(values), readers)
+            result = run_block(block, self.fetched(values), readers)
+        return {name: value if name in values else self._shared(name, value) for name, value in result.items()}
 
     def fetched(self, values: Mapping[str, Any]) -> Values:
         """Bring values to the device."""
@@ -83,6 +86,14 @@ class Runner:
                         yield self.run(block, values, readers)[OUTPUT]
                     else:
                         streams[index] = self.kept(self.run(block, values, readers))
+
+    def _shared(self, name: str, value: Any) -> Any:
+        """What an earlier batch has in the place of a large mask, if it is the same."""
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.nbytes < _SMALL:
+            return value
+        other = self._alike.setdefault(name, value)
+        alike = other.device == value.device and other.dtype == value.dtype and torch.equal(other, value)
+        return other if alike else value
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device, non_blocking=tensor.is_pinned())

@@ -165,6 +165,26 @@ def test_values_wait_on_the_host_where_the_device_is_crowded(
     assert all(torch.equal(plain[name].hessian, found.hessian) for name, found in waiting.items())
 
 
+def test_batches_share_one_mask_where_it_is_the_same(
+    llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_SMALL", 0)
+    calls = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"]), "use_cache": False} for batch in batches]
+    calls[1]["attention_mask"][0, -3:] = 0
+    assert len(calls) > 2
+    gm = run_passes(trace(llama, (), calls[0]), analysis(Scope()))
+    first, runner = blocks(gm)[0], Runner(CPU)
+    readers, values = last_readers(blocks(gm)), [bind_inputs(gm, (), call) for call in calls]
+    with torch.no_grad():
+        found = [runner.run(first, one, readers) for one in values]
+        expected = [run_block(first, one, readers) for one in values]
+    (name,) = [name for name, value in found[0].items() if getattr(value, "dtype", None) == torch.bool]
+    assert [one[name] is found[0][name] for one in found] == [index != 1 for index in range(len(found))]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(found, expected, strict=True))
+    found.clear()
+    assert not runner._alike  # nothing is kept that no batch has any more
+
+
 def test_layers_whose_outputs_nobody_needs_do_not_run(llama: Any, batches: Batches) -> None:
     gm = run_passes(trace(llama, (), {**batches[0], "use_cache": False}), analysis(Scope()))
     values, down = bind_inputs(gm, (), {**batches[0], "use_cache": False}), llama.model.layers[0].mlp.down_proj
