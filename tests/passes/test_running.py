@@ -169,8 +169,9 @@ def test_batches_share_one_mask_where_it_is_the_same(
     llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "_SMALL", 0)
-    calls = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"]), "use_cache": False} for batch in batches]
-    calls[1]["attention_mask"][0, -3:] = 0
+    masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
+    masks[1][0, -3:] = 0
+    calls = [{**b, "attention_mask": mask, "use_cache": False} for b, mask in zip(batches, masks, strict=True)]
     assert len(calls) > 2
     gm = run_passes(trace(llama, (), calls[0]), analysis(Scope()))
     first, runner = blocks(gm)[0], Runner(CPU)
