@@ -19,7 +19,6 @@ from mpfx.nn.kernels.cuda.kept import kept_bytes
 
 _OPTIONS = ("-std=c++17", "-default-device")
 _COMMON = "packed.cuh"
-_IDLE = 'extern "C" __global__ void idle() {}'
 
 
 @cache
@@ -64,16 +63,6 @@ class Kernel:
         config, pointers = self._config(launch), (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(_driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
-    def clusters_at_once(self, launch: Launch) -> int:
-        """How many clusters of such a launch the current device runs at the same time, if it runs nothing else."""
-        config = self._config(launch)
-        config.attrs, config.numAttrs = [_cluster(launch.cluster)], 1  # also of one block
-        status, count = _driver().cuOccupancyMaxActiveClusters(self._function, config)
-        if status == _driver().CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:  # as on a small slice of a GPU
-            return 0
-        _check((status,))
-        return int(count)
-
     def _config(self, launch: Launch) -> Any:
         driver = _driver()
         if launch.shared > self._shared:
@@ -105,23 +94,6 @@ def kernel(file: str, name: str, macros: tuple[tuple[str, int], ...], device: in
     """
     folder = files("mpfx.nn.kernels.cuda")
     return _load("\n".join(folder.joinpath(part).read_text() for part in (_COMMON, file)), name, macros, device)
-
-
-@lru_cache(maxsize=64)
-def clusters_at_once(threads: int, shared: int, most: int, device: int) -> tuple[int, ...]:
-    """How many clusters a device runs at the same time, by their size, if it runs nothing else.
-
-    Clusters stay within one part of the GPU, and these parts are not alike: no formula knows.
-
-    Args:
-        threads: of a block, whose registers do not matter, as its shared memory leaves no room for a second one.
-        shared: bytes of dynamic shared memory of a block.
-        most: blocks of the largest cluster; the smallest has one.
-        device: index of the CUDA device.
-    """
-    idle = _load(_IDLE, "idle", (), device)
-    with torch.cuda.device(device):
-        return tuple(idle.clusters_at_once(Launch((size, 1), threads, shared, size)) for size in range(1, most + 1))
 
 
 def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int) -> Kernel:

@@ -4,10 +4,12 @@
 // `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
-// `tile`: a block has 128 rows of the weight and TOKENS rows of activations, of which the blocks of a cluster share the
-// channels. One launch may have the first rows of the weight and others, with other clusters, the rest. Two warps copy ahead,
-// into a ring of shared memory, what each step needs: a tile of activations, words, zero points, scales; two others find out
-// the grid of every row. Two groups of four warps multiply. Warp w of a group has the 32 rows 32w ... of the block, of which each
+// `tile`: a tile of results is 128 rows of the weight times TOKENS rows of activations, and a share of it all its channels, or some
+// of them, if there are fewer tiles left than processors. There is a block for every processor; it works on share after share, without
+// a pause between them: two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words,
+// zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a tile that is shared
+// out, each share leaves in memory what it found, and whoever comes last adds up, always in the same order: nobody waits for
+// another block. Warp w of a group has the 32 rows 32w ... of a tile, of which each
 // of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
 // So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
 // which `arrange` knows. While one segment is multiplied, the next one is unpacked.
@@ -28,7 +30,14 @@ constexpr int PREPARERS = 2;      // warps that find out the grids of what was c
 constexpr int THREADS = MULTIPLIERS + 32 * (COPIERS + PREPARERS);
 // Registers: 168 a thread, of which those that do not multiply leave some to those that do: 168 * 384 = 72 * 128 + 216 * 256.
 constexpr int ARRANGERS = 512;    // threads of a block of `arrange`
-constexpr int RESULT_ROW = 132;  // floats that lie between the results of two rows of activations
+constexpr int PIECES = TOKENS / 8;  // four results of a thread each
+constexpr int MOST_PARTS = 3;
+
+// Tiles that are shared out alike: numbers of the first one's rows, of its first share, and of it among those that are shared
+// out at all; how many tiles of rows, and into how many shares.
+struct Part {
+    int tile, share, slot, tiles, splits;
+};
 
 struct Args {
     const void* x;      // (tokens, channels)
@@ -38,9 +47,13 @@ struct Args {
     const int4* units;  // (2 steps,): bits, first word row, grid, zero points of every segment; beyond the last one, zeros
     const void* bias;
     void* out;          // (tokens, rows)
+    float4* found;      // (slots, most_splits, PIECES, MULTIPLIERS): what the shares of a tile found
+    u32* arrived;       // (slots,): how many of them have
     int tokens, channels;
-    int steps;          // of all channels: what the blocks of a cluster share
-    int first, tiles;   // of this launch: the first tile of rows of the weight, and how many
+    int steps;          // of all channels
+    int columns;        // tiles of rows of activations
+    int shares, slots, most_splits;
+    Part parts[MOST_PARTS];  // the first share of those that are not there is beyond the last one
 };
 
 // ---------------------------------------------------------------------------------------------------- activations
@@ -62,6 +75,8 @@ extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_con
     const int token = blockIdx.x, row = token % TOKENS;
     const Number* from = (const Number*)a.x + (size_t)token * a.channels;
     const bool real = token < a.tokens;
+    if (token == 0)
+        for (int i = threadIdx.x; i < a.slots; i += ARRANGERS) a.arrived[i] = 0;
     if (real && a.channels % 8 == 0) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < a.channels / 8; i += ARRANGERS) ((uint4*)given)[i] = __ldg((const uint4*)from + i);
@@ -117,15 +132,6 @@ __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 ba
 
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Four floats of a block of the cluster, where this block has `p`.
-__device__ __forceinline__ float4 of_block(const float* p, int rank) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
-    float4 f;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there) : "memory");
-    return f;
 }
 
 // ---------------------------------------------------------------------------------------------------- products
@@ -333,16 +339,30 @@ __device__ __forceinline__ void unpack_segment(int bits, const char* words, cons
     }
 }
 
-// Which block this is. Clusters are as wide as the grid.
-struct Place {
-    int share, splits;  // of the channels
-    int tile, tokens;   // tile of rows of the weight; first row of activations
-    int first, steps;   // of its share
+// A share of a tile.
+struct Share {
+    int split, splits, slot;
+    int tile, column;  // rows of the weight, rows of activations
+    int first, steps;  // of the channels
 
-    __device__ explicit Place(const Args& a) {
-        share = blockIdx.x, splits = gridDim.x;
-        tile = a.first + blockIdx.y % a.tiles, tokens = blockIdx.y / a.tiles * TOKENS;
-        first = a.steps * share / splits, steps = a.steps * (share + 1) / splits - first;
+    __device__ Share(const Args& a, int number) {
+        Part part = a.parts[0];
+#pragma unroll
+        for (int i = 1; i < MOST_PARTS; i++)
+            if (number >= a.parts[i].share) part = a.parts[i];
+        const int own = (number - part.share) / part.splits;
+        split = (number - part.share) % part.splits, splits = part.splits, slot = part.slot + own;
+        tile = part.tile + own % part.tiles, column = own / part.tiles;
+        first = a.steps * split / splits, steps = a.steps * (split + 1) / splits - first;
+    }
+};
+
+// Where a step is in the ring, and which of the two phases its barriers are in.
+struct Turn {
+    int stage = 0, parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
 
@@ -372,56 +392,61 @@ __device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, i
     if (lane < 4 * tiles) copy4(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
 }
 
-// One of the warps that copy: steps `first`, `first` + COPIERS ... What `arrange` writes is there when it has come to its end:
-// the first launch waits for that, and only then lets the next one start, which need not wait for the first one's products.
-// But it waits for them before it ends, so that whatever comes after the last launch finds all products.
-__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
-    bool arranged = false;
-    const char* x = (const char*)a.arranged + ((size_t)(p.tokens / TOKENS) * a.steps + p.first) * X_BYTES;
+// One of the warps that copy: of all steps of the block, `first`, `first` + COPIERS ... What `arrange` writes is there when it has
+// come to its end, which is waited for as late as can be.
+__device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int first, int lane) {
+    int count = 0;  // of steps
+    Turn turn;
 #pragma unroll 1
-    for (int k = first; k < p.steps; k += COPIERS) {
-        const int stage = k % STAGES;
-        const u32 full = room.full + stage * 8, to = address(room.ring + stage * STAGE_BYTES), tail = to + TAIL_AT;
-        if (k >= STAGES) wait(room.empty + stage * 8, (k / STAGES - 1) & 1);
-        const int4 even = room.units[2 * k], odd = room.units[2 * k + 1];
-        fetch_segment(a, even, p.tile, to + X_BYTES, tail, lane);
-        fetch_segment(a, odd, p.tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
-        arrive_when_copied(full);
-        if (!arranged) {
-            if (a.first == 0) wait_for_last();
-            let_next_start();
-            arranged = true;
-        }
-        if (lane == 0) {
-            arrive_with(full, X_BYTES);
-            copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
+    for (int i = blockIdx.x; i < a.shares; i += gridDim.x) {
+        const Share share(a, i);
+        const char* x = (const char*)a.arranged + ((size_t)share.column * a.steps + share.first) * X_BYTES;
+#pragma unroll 1
+        for (int k = 0; k < share.steps; k++, count++, turn.next()) {
+            if (count % COPIERS != first) continue;
+            const u32 full = room.full + turn.stage * 8, to = address(room.ring + turn.stage * STAGE_BYTES), tail = to + TAIL_AT;
+            if (count >= STAGES) wait(room.empty + turn.stage * 8, turn.parity ^ 1);
+            const int4 even = room.units[2 * (share.first + k)], odd = room.units[2 * (share.first + k) + 1];
+            fetch_segment(a, even, share.tile, to + X_BYTES, tail, lane);
+            fetch_segment(a, odd, share.tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
+            arrive_when_copied(full);
+            if (count == first) wait_for_last();
+            if (lane == 0) {
+                arrive_with(full, X_BYTES);
+                copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
+            }
         }
     }
-    wait_for_last();
 }
 
 // One of the warps that find out the grids: of steps `first`, `first` + PREPARERS ... It waits for the others' steps too: a wait
 // tells a phase of a barrier from the next one only, and the last step in a stage is another warp's, if STAGES is odd.
-__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, const Place& p, int first, int lane) {
-    float scales[4];  // of its rows, without those of the channels
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int row = p.tile * 128 + lane * 4 + j;
-        scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
-    }
+__device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int first, int lane) {
+    int count = 0;
+    Turn turn;
 #pragma unroll 1
-    for (int k = 0; k < p.steps; k++) {
-        char* stage = room.ring + k % STAGES * STAGE_BYTES;
-        wait(room.full + k % STAGES * 8, k / STAGES & 1);
-        if (k % PREPARERS != first) continue;
+    for (int i = blockIdx.x; i < a.shares; i += gridDim.x) {
+        const Share share(a, i);
+        float scales[4];  // of its rows, without those of the channels
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
-            const int bits = room.units[2 * k + s].x;
-            const u32* tail = (const u32*)(stage + TAIL_AT) + 48 * s;
-            uint4* to = (uint4*)(stage + GRIDS_AT) + 64 * s + 2 * lane;
-            if (bits > 0 && bits < 16) find_grids(bits, tail, 4 * lane, room.scales[2 * k + s], scales, to);
+        for (int j = 0; j < 4; j++) {
+            const int row = share.tile * 128 + lane * 4 + j;
+            scales[j] = row < a.w.rows ? half_to_float(__ldg(a.w.row_scales + row)) * LARGER : 0.0f;
         }
-        arrive(room.ready + k % STAGES * 8);
+#pragma unroll 1
+        for (int k = 0; k < share.steps; k++, count++, turn.next()) {
+            char* stage = room.ring + turn.stage * STAGE_BYTES;
+            wait(room.full + turn.stage * 8, turn.parity);
+            if (count % PREPARERS != first) continue;
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int segment = 2 * (share.first + k) + s, bits = room.units[segment].x;
+                const u32* tail = (const u32*)(stage + TAIL_AT) + 48 * s;
+                uint4* to = (uint4*)(stage + GRIDS_AT) + 64 * s + 2 * lane;
+                if (bits > 0 && bits < 16) find_grids(bits, tail, 4 * lane, room.scales[segment], scales, to);
+            }
+            arrive(room.ready + turn.stage * 8);
+        }
     }
 }
 
@@ -441,55 +466,96 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
-__device__ __forceinline__ void multiply_all(const Room& room, const Place& p, const Lane& l, float (&d)[TOKENS / 2]) {
+__device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, float (&d)[TOKENS / 2]) {
     Operand even, odd;
     const bool speaks = threadIdx.x % 32 == 0;
     u32 ring = address(room.ring), full = room.full, ready = room.ready, empty = room.empty;
     asm volatile("" : "+r"(ring), "+r"(full), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
-    const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES);
-    int stage = 0, parity = 0, last = 0;
+    const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 8 * share.first;
+    int last = 0;
     settle(d);
 #pragma unroll 1
-    for (int k = 0; k < p.steps; k++) {
+    for (int k = 0; k < share.steps; k++) {
         const int first = units[8 * k], second = units[8 * k + 4];
-        const char* at = (const char*)__cvta_shared_to_generic(ring + stage * STAGE_BYTES);
+        const char* at = (const char*)__cvta_shared_to_generic(ring + turn.stage * STAGE_BYTES);
         const char* words = at + X_BYTES;
         const uint2* grids = (const uint2*)(at + GRIDS_AT) + l.row;
-        const u32 x = tile_at(ring + stage * STAGE_BYTES);
-        wait(full + stage * 8, parity);
-        wait(ready + stage * 8, parity);
+        const u32 x = tile_at(ring + turn.stage * STAGE_BYTES);
+        wait(full + turn.stage * 8, turn.parity);
+        wait(ready + turn.stage * 8, turn.parity);
         unpack_segment(first, words, grids, l, even);
         multiply_segment(x, even, d);
         if (speaks && k) arrive(empty + last * 8);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
         multiply_segment(x + 4, odd, d);
-        last = stage;
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+        last = turn.stage;
+        turn.next();
     }
     wait_for_all_but<0>();
+    if (speaks && share.steps) arrive(empty + last * 8);
     settle(d);
 }
 
-__device__ __forceinline__ void store4(const Args& a, int token, int row, float4 v) {
-    if (token >= a.tokens || row >= a.w.rows) return;
-    if (a.bias) {
-        const Number* bias = (const Number*)a.bias + row;
-        v.x += to_float(bias[0]), v.y += to_float(bias[1]), v.z += to_float(bias[2]), v.w += to_float(bias[3]);
+__device__ __forceinline__ void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
+
+// Leave what was found for whoever comes last of this tile; who does so himself adds it all up, and says so.
+__device__ __forceinline__ bool add_shares(const Args& a, const Share& share, u32& before, float (&d)[TOKENS / 2]) {
+    constexpr int TOGETHER = PIECES < 8 ? PIECES : PIECES % 8 ? PIECES / 2 : 8;
+    float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
+    float4* own = found + share.split * PIECES * MULTIPLIERS;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) __stcg(own + i * MULTIPLIERS, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    __threadfence();
+    multipliers_barrier();
+    if (threadIdx.x == 0) before = atomicAdd(a.arrived + share.slot, 1);
+    multipliers_barrier();
+    if (before != share.splits - 1) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < PIECES; i += TOGETHER) {
+        float4 sum[TOGETHER] = {};
+#pragma unroll 1
+        for (int r = 0; r < share.splits; r++)
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j++) {
+                const float4 more = __ldcg(found + (r * PIECES + i + j) * MULTIPLIERS);
+                sum[j].x += more.x, sum[j].y += more.y, sum[j].z += more.z, sum[j].w += more.w;
+            }
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            float* to = d + 4 * (i + j);
+            to[0] = sum[j].x, to[1] = sum[j].y, to[2] = sum[j].z, to[3] = sum[j].w;
+        }
     }
-    *(uint2*)((Number*)a.out + (size_t)token * a.w.rows + row) = make_uint2(two_numbers(v.x, v.y), two_numbers(v.z, v.w));
+    return true;
+}
+
+// Write a tile of results: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
+__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, const float (&d)[TOKENS / 2]) {
+    const int row = share.tile * 128 + l.row, first = share.column * TOKENS + 2 * l.t;
+    if (row >= a.w.rows) return;
+    float bias[2] = {};
+    if (a.bias) bias[0] = to_float(((const Number*)a.bias)[row]), bias[1] = to_float(((const Number*)a.bias)[row + 1]);
+    Number* to = (Number*)a.out + (size_t)first * a.w.rows + row;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++, to += (size_t)8 * a.w.rows)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            if (first + 8 * i + e < a.tokens)
+                *(u32*)(to + e * a.w.rows) = two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
-    const Place p(a);
+    __shared__ u32 before;  // shares that had arrived when this one did
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
-    room.scales = (float*)(room.units + 2 * p.steps);
+    room.scales = (float*)(room.units + 2 * a.steps);
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    for (int i = threadIdx.x; i < 2 * p.steps; i += THREADS) {
-        const int4 unit = __ldg(a.units + 2 * p.first + i);
+    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) {
+        const int4 unit = __ldg(a.units + i);
         room.units[i] = unit;
         room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
     }
@@ -503,35 +569,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
-        if (warp < COPIERS) fetch_all(a, room, p, warp, lane);
-        else prepare_all(a, room, p, warp - COPIERS, lane);
+        if (warp < COPIERS) fetch_all(a, room, warp, lane);
+        else prepare_all(a, room, warp - COPIERS, lane);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-        float d[TOKENS / 2] = {};
         const Lane l(threadIdx.x);
-        multiply_all(room, p, l, d);
-        asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");  // all have read the ring
-        float* results = (float*)room.ring + l.row;
-#pragma unroll
-        for (int n = 0; n < TOKENS / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                *(float2*)(results + (8 * n + 2 * l.t + e) * RESULT_ROW) = make_float2(d[4 * n + e] * (1 / LARGER), d[4 * n + 2 + e] * (1 / LARGER));
-    }
-    if (p.splits > 1) cluster_barrier();
-    else __syncthreads();
-    const float* results = (const float*)room.ring;
-    for (int i = p.share * THREADS + threadIdx.x; i < TOKENS * 32; i += p.splits * THREADS) {
-        const float* at = results + i / 32 * RESULT_ROW + i % 32 * 4;
-        float4 sum = *(const float4*)at;
-        if (p.splits > 1) {
-            sum = of_block(at, 0);
-            for (int r = 1; r < p.splits; r++) {
-                const float4 more = of_block(at, r);
-                sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-            }
+        Turn turn;
+#pragma unroll 1
+        for (int i = blockIdx.x; i < a.shares; i += gridDim.x) {
+            const Share share(a, i);
+            float d[TOKENS / 2] = {};
+            multiply_share(room, share, l, turn, d);
+            wait_for_last();  // `arrange` has cleared the counters
+            if (share.splits == 1 || add_shares(a, share, before, d)) store(a, share, l, d);
         }
-        store4(a, p.tokens + i / 32, p.tile * 128 + i % 32 * 4, sum);
     }
-    if (p.splits > 1) cluster_barrier();  // until the others have read
 }

@@ -4,35 +4,41 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from heapq import heappop, heappush
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpfx.nn.kernels.cuda.nvrtc import Launch, clusters_at_once, kernel
+from mpfx.nn.kernels.cuda.nvrtc import Launch, kernel
 from mpfx.nn.kernels.cuda.weights import Weight, address, order_bytes, segments_of, weight_argument, weight_macros
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, Layout
 from mpfx.nn.packing import PackedWeight
 from mpfx.nn.scales import CodedScales
 
 _CAPABILITY = (9, 0)  # the only one that has `wgmma`
-_ROWS = 128  # of the weight, of a block
+_ROWS = 128  # of the weight, of a tile
 _THREADS, _ARRANGERS = 384, 512  # as in tile.cu
 _STEP_BYTES = 128  # of a row of activations
-_ROW_BYTES, _TAIL_BYTES, _RESULT_BYTES = 544, 384 + 2048, 528  # as in tile.cu
+_ROW_BYTES, _TAIL_BYTES = 544, 384 + 2048  # as in tile.cu
 _RING_BYTES = 208 << 10
 _SHARED_BYTES = (227 << 10) - 256  # that a block can have, without what the kernel declares itself
 _ALIGN_BYTES, _UNIT_BYTES = 1024, 40  # as in tile.cu: before the ring; of a step
-_MOST_BLOCKS = 65535  # of a launch along y
 _TOKENS = (16, 32, 64, 128, 176, 256)
-_MOST_SPLITS = 8  # blocks of a cluster, at most
-_MOST_PARTS = 3
-_TRIED = 2  # cuts of one launch, and as many of several
+_MOST_SPLITS = 8  # shares of a tile, at most
+_MOST_PARTS = 3  # as in tile.cu
+_MOST_FOUND_BYTES = 64 << 20  # what shares of tiles may leave in memory
+_TRIED = 2  # cuts of one part, and as many of several
 # Measured on an H100, in nanoseconds: a step, what each row of activations adds to it, and the shortest step that there
-# is; to start and end a block, and a cluster, whose blocks wait for each other and add up what they have.
-_STEP_NS, _STEP_TOKEN_NS, _LEAST_STEP_NS = 330.0, 1.85, 480.0
-_BLOCK_NS, _CLUSTER_NS = 2600.0, 7500.0
+# is; by rows of activations, to write results, and what was found to memory and back.
+_STEP_NS, _STEP_TOKEN_NS, _LEAST_STEP_NS = 330.0, 1.64, 480.0
+_WRITE_TOKEN_NS, _SHARE_TOKEN_NS = 6.0, 10.0
+
+
+class _Part(ctypes.Structure):
+    """``Part`` of ``tile.cu``."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("tile", "share", "slot", "tiles", "splits")]
 
 
 class Arguments(ctypes.Structure):
@@ -46,11 +52,16 @@ class Arguments(ctypes.Structure):
         ("units", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("found", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("channels", ctypes.c_int),
         ("steps", ctypes.c_int),
-        ("first", ctypes.c_int),
-        ("tiles", ctypes.c_int),
+        ("columns", ctypes.c_int),
+        ("shares", ctypes.c_int),
+        ("slots", ctypes.c_int),
+        ("most_splits", ctypes.c_int),
+        ("parts", _Part * _MOST_PARTS),
     ]
 
 
@@ -62,11 +73,11 @@ def unpacks_in_registers(x: Tensor, weight: PackedWeight) -> bool:
 
 
 class Part(NamedTuple):
-    """Rows of the weight that one launch multiplies.
+    """Rows of the weight whose tiles are shared out alike.
 
     Attributes:
         tiles: so many times 128 rows.
-        splits: blocks of a cluster, that share the channels.
+        splits: shares of a tile, each with a part of the channels.
     """
 
     tiles: int
@@ -75,11 +86,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """How the work is cut.
+    """How the work is cut: every processor takes the next share as soon as it is done with one.
 
     Attributes:
-        tokens: rows of activations of a block.
-        parts: launches, one after the other, that have all rows of the weight together.
+        tokens: rows of activations of a tile.
+        parts: of the rows of the weight, one after the other.
     """
 
     tokens: int
@@ -96,61 +107,74 @@ class Tile:
             out: contiguous, in the dtype of ``x``.
         """
         layout, columns = weight.layout, -(-len(x) // self.tokens)
-        steps, share = _steps(layout, 1), self.share(layout)
+        steps, slots = _steps(layout), self.slots(columns)
         arranged = torch.empty(columns * self.tokens * steps * _STEP_BYTES, dtype=torch.uint8, device=x.device)
-        units = _units(layout, weight.out_features, x.device)
-        common = (
+        found = torch.empty(self.found_bytes(columns), dtype=torch.uint8, device=x.device)
+        arrived = torch.empty(slots, dtype=torch.int32, device=x.device)
+        units, parts, shares = _units(layout, weight.out_features, x.device), *self._shared_out(columns)
+        arguments = Arguments(
             address(x), address(order), address(arranged), weight_argument(weight), address(units), address(bias),
-            address(out), len(x), layout.in_features, steps,
+            address(out), address(found), address(arrived), len(x), layout.in_features, steps, columns, shares, slots,
+            self.most_splits, parts,
         )  # fmt: skip
-        stage, stages = _stages(self.tokens, _word_rows(layout), share)
+        stage, stages = _stages(self.tokens, _word_rows(layout), steps)
         macros = (
             *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0), ("LAST", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
             ("WORD_ROWS", _word_rows(layout)), ("ORDER", order_bytes(order)),
         )  # fmt: skip
         arrange, run = (kernel("tile.cu", name, macros, x.device.index) for name in ("arrange", "tile"))
-        arrange(Launch((columns * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), Arguments(*common))
-        shared, first = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * share, 0
-        for part in self.parts:
-            grid = (part.splits, columns * part.tiles)
-            run(Launch(grid, _THREADS, shared, part.splits, early=True), Arguments(*common, first, part.tiles))
-            first += part.tiles
+        arrange(Launch((columns * self.tokens, 1), _ARRANGERS, 2 * layout.in_features), arguments)
+        shared = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * steps
+        run(Launch((min(shares, _processors(x.device)), 1), _THREADS, shared, early=True), arguments)
 
-    def share(self, layout: Layout) -> int:
-        """Steps of a block, at most."""
-        return max(_steps(layout, part.splits) for part in self.parts)
+    @property
+    def most_splits(self) -> int:
+        """Shares of a tile, at most."""
+        return max(part.splits for part in self.parts)
 
-    def fits(self, layout: Layout) -> bool:
-        """Whether a block's results have room where the ring was."""
-        stage, stages = _stages(self.tokens, _word_rows(layout), self.share(layout))
-        return stages * stage >= self.tokens * _RESULT_BYTES
+    def slots(self, columns: int) -> int:
+        """How many tiles several processors share."""
+        return columns * sum(part.tiles for part in self.parts if part.splits > 1)
 
-    def time(self, columns: int, layout: Layout, clusters: tuple[int, ...]) -> float:
-        """About how many nanoseconds the launches take on an H100, without `arrange`, which is the same for all cuts.
+    def found_bytes(self, columns: int) -> int:
+        """What shares of tiles leave in memory: float32 results."""
+        return self.slots(columns) * self.most_splits * _ROWS * self.tokens * 4
 
-        Clusters are started in order, as soon as there is room: one of a kind of which so many run at once takes up
-        that fraction of the device.
+    def _shared_out(self, columns: int) -> tuple[ctypes.Array[_Part], int]:
+        """Where the parts start, as ``tile.cu`` wants it, and how many shares they have together."""
+        tiles = (0, *accumulate(part.tiles for part in self.parts))
+        shares = (0, *accumulate(columns * part.tiles * part.splits for part in self.parts))
+        slots = (0, *accumulate(columns * part.tiles * (part.splits > 1) for part in self.parts))
+        parts = (_Part * _MOST_PARTS)(*[_Part(share=shares[-1])] * _MOST_PARTS)
+        for i, part in enumerate(self.parts):
+            parts[i] = _Part(tiles[i], shares[i], slots[i], part.tiles, part.splits)
+        return parts, shares[-1]
+
+    def time(self, columns: int, layout: Layout, processors: int) -> float:
+        """About how many nanoseconds the work takes on an H100, without `arrange`, which is the same for all cuts.
 
         Args:
             columns: tiles of rows of activations.
             layout: of the weight.
-            clusters: that run at once, by their size.
+            processors: that take shares in turn.
         """
         step = max(_STEP_NS + self.tokens * _STEP_TOKEN_NS, _LEAST_STEP_NS)
-        now, free, running = 0.0, 1.0, [(0.0, 0.0)]  # when they end, and what they take up until then
+        busy, first = [0.0] * processors, 0
         for part in self.parts:
-            left, most = columns * part.tiles, clusters[part.splits - 1]
-            took = step * _steps(layout, part.splits) + (_BLOCK_NS if part.splits == 1 else _CLUSTER_NS)
-            while left:
-                count = min(left, int(free * most + 1e-6))  # fractions do not add up to one exactly
-                if count:
-                    heappush(running, (now + took, count / most))
-                    left, free = left - count, free - count / most
-                else:
-                    now, share = heappop(running)
-                    free += share
-        return max(end for end, _ in running)
+            took = step * _steps(layout) / part.splits + self.tokens * _WRITE_TOKEN_NS
+            took += self.tokens * _SHARE_TOKEN_NS * (part.splits - 1)
+            rounds, more = divmod(columns * part.tiles * part.splits, processors)
+            busy = [time + rounds * took for time in busy]
+            for i in range(first, first + more):
+                busy[i % processors] += took
+            first += more
+        return max(busy)
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
@@ -158,20 +182,20 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
     if not unpacks_in_registers(x, weight):
         return ()
     count = 1 << (len(x) - 1).bit_length()  # as other numbers of rows are to be served by the same choice
-    clusters = clusters_at_once(_THREADS, _RING_BYTES, _MOST_SPLITS, x.device.index)
-    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, clusters)
+    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, _processors(x.device))
 
 
 @lru_cache(maxsize=4096)
-def _tiles_for(count: int, row_tiles: int, layout: Layout, clusters: tuple[int, ...]) -> tuple[Tile, ...]:
+def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> tuple[Tile, ...]:
     if 2 * layout.in_features > _SHARED_BYTES:  # a row of activations is put in order there
         return ()
     times: dict[Tile, float] = {}
     for tokens in _TOKENS:
         columns = -(-count // tokens)
-        if columns * row_tiles <= _MOST_BLOCKS and (tokens <= count or tokens == _TOKENS[0]):
-            cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, clusters))
-            times |= {tile: tile.time(columns, layout, clusters) for tile in cuts if tile.fits(layout)}
+        if tokens <= count or tokens == _TOKENS[0]:
+            cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors, _steps(layout)))
+            few = (tile for tile in cuts if tile.found_bytes(columns) <= _MOST_FOUND_BYTES)
+            times |= {tile: tile.time(columns, layout, processors) for tile in few}
     kinds: dict[tuple[int, int], Tile] = {}
     for tile in sorted(times, key=times.__getitem__):
         kinds.setdefault((tile.tokens, len(tile.parts)), tile)
@@ -180,16 +204,14 @@ def _tiles_for(count: int, row_tiles: int, layout: Layout, clusters: tuple[int, 
 
 
 def _cuts(
-    row_tiles: int, columns: int, clusters: tuple[int, ...], parts: int = _MOST_PARTS, least: int = 1
+    row_tiles: int, columns: int, processors: int, steps: int, parts: int = _MOST_PARTS, least: int = 1
 ) -> Iterator[tuple[Part, ...]]:
-    """One launch; or one that keeps all processors busy to its end, and others that have to split what is left."""
-    for splits, most in enumerate(clusters[least - 1 :], least):
-        if most == 0:  # a part of the GPU has not that many processors
-            return
+    """All tiles alike; or so many that all processors are busy to their end, and those that are left in more shares."""
+    for splits in range(least, min(_MOST_SPLITS, steps) + 1):
         yield (Part(row_tiles, splits),)
-        full = columns * row_tiles // most * most // columns
+        full = columns * row_tiles * splits // processors * processors // (splits * columns)
         if parts > 1 and 0 < full < row_tiles:
-            for more in _cuts(row_tiles - full, columns, clusters, parts - 1, splits + 1):
+            for more in _cuts(row_tiles - full, columns, processors, steps, parts - 1, splits + 1):
                 yield Part(full, splits), *more
 
 
@@ -202,15 +224,15 @@ def _word_rows(layout: Layout) -> int:
 
 
 def _stages(tokens: int, word_rows: int, steps: int) -> tuple[int, int]:
-    """Bytes of a stage, and stages of the ring: as many as there is room for beside what a block keeps of its steps."""
+    """Bytes of a stage, and stages of the ring: as many as there is room for beside what a block keeps of all steps."""
     stage = tokens * _STEP_BYTES + (word_rows * _ROW_BYTES + _TAIL_BYTES + 1023) // 1024 * 1024
     ring = min(_RING_BYTES, _SHARED_BYTES - _ALIGN_BYTES - _UNIT_BYTES * steps)
     return stage, min(8, ring // stage)
 
 
-def _steps(layout: Layout, splits: int) -> int:
-    """Steps of a block, at most."""
-    return -(-len(layout.widths) // (2 * splits))
+def _steps(layout: Layout) -> int:
+    """Of all channels."""
+    return -(-len(layout.widths) // 2)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,6 @@ from mpfx.nn.kernels import cuda, packed_linear, packed_linears, reference
 from mpfx.nn.kernels.cuda import nvrtc, tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.kept import cache_folder
-from mpfx.nn.kernels.cuda.nvrtc import clusters_at_once
 from mpfx.nn.kernels.cuda.tile import Part, Tile, unpacks_in_registers
 from tests.nn.test_packing import random_weight
 
@@ -177,9 +176,24 @@ def test_tiles_unpack_the_weight_in_registers(
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("processors", [1, 7, 132])
+def test_processors_take_one_share_after_the_other(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tiles with all the channels, and of such whose shares go to any processors in any turn."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    packed = on_device(pack(random_weight(LAYOUTS[-1], 1000, coded=True)))
+    x = torch.randn(600, LAYOUTS[-1].in_features, dtype=torch.bfloat16, device="cuda")
+    expected = reference(x.float(), packed, None, None)
+    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _: processors)
+    for tokens in (256, 176, 64):
+        found = torch.full((600, 1000), float("nan"), dtype=torch.bfloat16, device="cuda")
+        Tile(tokens, (Part(3, 1), Part(2, 3), Part(3, 8))).multiply(x, packed, None, None, found)
+        assert float((found.float() - expected).norm() / expected.norm()) < 0.01
+
+
 @pytest.mark.parametrize("parts", [(Part(4, 1), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 8))], ids=str)
 def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tuple[Part, ...]) -> None:
-    """A launch starts while the one before it runs, and activations are put in order where the last ones were."""
+    """Weights are read while activations are put in order, where those of the layer before were."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     layers = [on_device(pack(random_weight(Layout(1024, (4,) * 32, 64), 1024, coded=True))) for _ in range(4)]
@@ -218,23 +232,12 @@ def test_tiles_wait_for_a_step_that_comes_late(tokens: int, monkeypatch: pytest.
 
     def late(source: str, *options: Any) -> nvrtc.Kernel:
         assert source.count(copied) == 1
-        return load(source.replace(copied, f"if (k == 0) __nanosleep(200000);\n{copied}"), *options)
+        return load(source.replace(copied, f"if (count == 0) __nanosleep(200000);\n{copied}"), *options)
 
     expected = product()
     monkeypatch.setattr(nvrtc, "_load", late)
     monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
     assert torch.equal(product(), expected)
-
-
-def test_tiles_know_how_many_clusters_run_at_once() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    counts = clusters_at_once(384, 208 << 10, 8, 0)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    assert counts[0] == processors  # a block has one for itself
-    assert 0 < counts[7] <= processors // 8
-    assert list(counts) == sorted(counts, reverse=True)
-    assert clusters_at_once(384, 208 << 10, 9, 0) == (*counts, 0)  # the driver refuses that many blocks
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])

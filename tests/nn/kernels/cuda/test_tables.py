@@ -15,7 +15,6 @@ from mpfx.nn.kernels.cuda.weights import masked, segments_of, weight_macros
 from tests.nn.test_packing import random_weight
 
 CPU = torch.device("cpu")
-CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)  # that an H100 runs at once, by their size
 LAYOUT = Layout(500, (8, 8, 8, 5, 5, 16, 16, 4, 4, 4, 4, 0, 3, 3, 3, 1), 64)
 
 
@@ -77,30 +76,30 @@ def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypa
     """227 KiB less the barriers of eight stages; most of it do blocks ask for that have all the channels."""
     launches: list[Launch] = []
     monkeypatch.setattr(tile, "kernel", lambda *_: lambda launch, arguments: launches.append(launch))
+    monkeypatch.setattr(tile, "_processors", lambda _: 132)
     segments = -(-channels // 32)
     layout = Layout(channels, ((6, 5, 4, 3) * segments)[:segments], 32)
     weight, x = pack(random_weight(layout, 4, coded=True)), torch.empty(512, channels, dtype=torch.bfloat16)
     every = [tile.Tile(tokens, (tile.Part(1, 1),)) for tokens in tile._TOKENS]
-    cuts = [cut for cut in every if cut.fits(layout)]
-    for cut in cuts:
+    for cut in every:
         cut.multiply(x, weight, None, None, torch.empty(512, 4, dtype=torch.bfloat16))
-    assert len(launches) == 2 * len(cuts) > 0
+    assert len(launches) == 2 * len(every)
     assert max(launch.shared for launch in launches) <= (227 << 10) - 3 * 8 * 8
     long = Layout(1 << 17, (4,) * (1 << 12), 32)
-    assert not tile._tiles_for.__wrapped__(512, 64, long, CLUSTERS)  # a row of activations is 256 KiB
+    assert not tile._tiles_for.__wrapped__(512, 64, long, 132)  # a row of activations is 256 KiB
 
 
 @pytest.mark.parametrize("count", [1 << 12, 1 << 17, 1 << 20])
-def test_a_launch_has_no_more_blocks_than_there_can_be(count: int) -> None:
-    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), CLUSTERS)
-    assert bool(cuts) == (count < 1 << 20)
-    assert all(112 * -(-count // cut.tokens) < 1 << 16 for cut in cuts)
+def test_what_shares_leave_in_memory_is_bounded(count: int) -> None:
+    cuts = tile._tiles_for.__wrapped__(count, 112, Layout(4096, (4,) * 128, 64), 132)
+    assert cuts
+    assert all(cut.found_bytes(-(-count // cut.tokens)) <= 64 << 20 for cut in cuts)
 
 
 @pytest.mark.parametrize("row_tiles", [1, 3, 32, 86, 112, 500])
 @pytest.mark.parametrize("count", [16, 64, 512, 4096, 1 << 15])
 def test_parts_of_a_cut_have_all_rows_once(row_tiles: int, count: int) -> None:
-    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(4096, (4,) * 128, 64), CLUSTERS)
+    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(4096, (4,) * 128, 64), 132)
     assert any(len(cut.parts) == 1 for cut in cuts)
     for cut in cuts:
         assert sum(part.tiles for part in cut.parts) == row_tiles
@@ -108,68 +107,52 @@ def test_parts_of_a_cut_have_all_rows_once(row_tiles: int, count: int) -> None:
 
 
 def test_what_would_leave_processors_idle_is_split() -> None:
-    """Of 172 blocks, 132 run at once; the 40 that are left are another wave, but a shorter one, if they are split."""
-    cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), CLUSTERS)
-    assert cuts[0] == tile.Tile(256, (tile.Part(66, 1), tile.Part(20, 2)))
-    assert tile.Tile(176, (tile.Part(86, 1),)) in cuts  # two waves of 132, of which six blocks are missing
+    """Of 172 tiles, each of 132 processors takes one; the 40 that are left go three ways: 120 are busy again."""
+    cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), 132)
+    assert cuts[0] == tile.Tile(256, (tile.Part(66, 1), tile.Part(20, 3)))
+    assert tile.Tile(176, (tile.Part(86, 1),)) in cuts  # two rounds of 132, of which six tiles are missing
 
 
-@pytest.mark.parametrize(
-    ("shape", "fastest"),
-    [
-        ((64, 86, 4096), tile.Tile(64, (tile.Part(66, 2), tile.Part(20, 5)))),
-        ((64, 86, 4096), tile.Tile(64, (tile.Part(86, 1),))),
-        ((4096, 86, 4096), tile.Tile(256, (tile.Part(82, 1), tile.Part(4, 2)))),
-        ((512, 32, 11008), tile.Tile(256, (tile.Part(32, 2),))),
-        ((512, 32, 4096), tile.Tile(256, (tile.Part(32, 2),))),
-        ((512, 112, 4096), tile.Tile(256, (tile.Part(112, 1),))),
-    ],
-    ids=str,
-)
-def test_what_was_measured_to_be_the_fastest_is_tried(shape: tuple[int, int, int], fastest: tile.Tile) -> None:
-    count, row_tiles, channels = shape
-    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(channels, (4,) * (channels // 32), 64), CLUSTERS)
-    assert fastest in cuts
-    assert len(cuts) <= 4
+@pytest.mark.parametrize("channels", [32, 96, 200])
+def test_no_share_is_empty(channels: int) -> None:
+    layout = Layout(channels, (4,) * -(-channels // 32), 32)
+    cuts = tile._tiles_for.__wrapped__(64, 20, layout, 132)
+    assert all(part.splits <= -(-channels // 64) for cut in cuts for part in cut.parts)
 
 
-def test_clusters_share_the_device() -> None:
-    """Blocks of one step each: launches run at the same time as long as there is room, and wait for it then."""
-    layout, clusters = Layout(64, (4, 4), 64), (12, 6, 4, 2)
+def test_processors_take_shares_in_turn() -> None:
+    """Three of them; a tile takes a hundred steps, to write results takes next to nothing."""
+    layout = Layout(6400, (4,) * 200, 64)
 
-    def time(*parts: tile.Part) -> float:
-        return tile.Tile(16, parts).time(1, layout, clusters)
+    def rounds(*parts: tile.Part) -> float:
+        return tile.Tile(16, parts).time(1, layout, 3) / tile.Tile(16, (tile.Part(1, 1),)).time(1, layout, 3)
 
-    def waves(*parts: tile.Part) -> float:
-        return time(*parts) / time(tile.Part(1, 4))
-
-    assert waves(tile.Part(2, 4)) == waves(tile.Part(2, 3), tile.Part(1, 4)) == 1
-    assert waves(tile.Part(3, 4)) == waves(tile.Part(3, 3), tile.Part(1, 4)) == 2
-    assert waves(tile.Part(3, 3), tile.Part(3, 4)) == 3
-    assert waves(tile.Part(12, 1), tile.Part(1, 4)) < 2  # blocks need not wait for each other
+    assert rounds(tile.Part(3, 1)) == 1
+    assert rounds(tile.Part(4, 1)) == 2
+    assert 4 / 3 < rounds(tile.Part(3, 1), tile.Part(1, 3)) < 1.4
+    assert rounds(tile.Part(2, 1), tile.Part(1, 1)) == 1  # the second part starts where the first one leaves room
 
 
-def test_no_cut_has_clusters_that_do_not_fit() -> None:
-    """Parts of a GPU that have seven processors, say."""
-    cuts = list(tile._cuts(86, 2, (14, 6, 4, 2, 2, 2, 2, 0)))
-    assert {part.splits for parts in cuts for part in parts} == set(range(1, 8))
-
-
-def test_launches_of_a_cut_go_through_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_knows_where_its_parts_start(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Launch, tile.Arguments]] = []
 
     def kernel(_: str, name: str, *__: object) -> Callable[[Launch, tile.Arguments], None]:
         return lambda launch, arguments: calls.append((name, launch, arguments))
 
     monkeypatch.setattr(tile, "kernel", kernel)
+    monkeypatch.setattr(tile, "_processors", lambda _: 20)
     weight, x = pack(random_weight(LAYOUT, 516, coded=True)), torch.empty(300, 500, dtype=torch.bfloat16)
     cut = tile.Tile(256, (tile.Part(2, 1), tile.Part(3, 3)))
     cut.multiply(x, weight, None, None, torch.empty(300, 516, dtype=torch.bfloat16))
-    assert [name for name, _, _ in calls] == ["arrange", "tile", "tile"]
-    assert [launch.grid for _, launch, _ in calls] == [(512, 1), (1, 4), (3, 6)]
-    assert [(launch.cluster, launch.early) for _, launch, _ in calls] == [(1, False), (1, True), (3, True)]
-    assert [(given.first, given.tiles, given.steps) for _, _, given in calls[1:]] == [(0, 2, 8), (2, 3, 8)]
-    assert len({given.arranged for _, _, given in calls}) == 1
+    (arrange, first, same), (name, launch, given) = calls
+    assert (arrange, name) == ("arrange", "tile")
+    assert same is given
+    assert [(of.grid, of.cluster, of.early) for of in (first, launch)] == [((512, 1), 1, False), ((20, 1), 1, True)]
+    assert [given.steps, given.columns, given.shares, given.slots, given.most_splits] == [8, 2, 4 + 18, 6, 3]
+    parts = [(part.tile, part.share, part.slot, part.tiles, part.splits) for part in given.parts]
+    assert parts[:2] == [(0, 0, 0, 2, 1), (2, 4, 0, 3, 3)]
+    assert parts[2][1] == given.shares
+    assert cut.found_bytes(2) == 6 * 3 * 128 * 256 * 4
 
 
 def test_orders_start_where_words_do() -> None:
