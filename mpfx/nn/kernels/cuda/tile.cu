@@ -8,8 +8,9 @@
 // of them, if there are fewer tiles left than processors. There is a block for every processor; it works on share after share, without
 // a pause between them: two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words,
 // zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a tile that is shared
-// out, each share leaves in memory what it found, and whoever comes last adds up, always in the same order: nobody waits for
-// another block. Warp w of a group has the 32 rows 32w ... of a tile, of which each
+// out, every share also adds up a part of the results, always in the same order: the others leave in memory what they found.
+// If they take too long, it leaves its own there too, and whoever comes last adds up: nobody depends on a block that may not
+// have been started yet. Warp w of a group has the 32 rows 32w ... of a tile, of which each
 // of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
 // So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
 // which `arrange` knows. While one segment is multiplied, the next one is unpacked.
@@ -32,6 +33,7 @@ constexpr int THREADS = MULTIPLIERS + 32 * (COPIERS + PREPARERS);
 constexpr int ARRANGERS = 512;    // threads of a block of `arrange`
 constexpr int PIECES = TOKENS / 8;  // four results of a thread each
 constexpr int MOST_PARTS = 3;
+constexpr u32 PATIENCE = 1 << 15;  // cycles that a share waits for others of its tile: as long as some forty steps
 
 // Tiles that are shared out alike: numbers of the first one's rows, of its first share, and of it among those that are shared
 // out at all; how many tiles of rows, and into how many shares.
@@ -48,7 +50,7 @@ struct Args {
     const void* bias;
     void* out;          // (tokens, rows)
     float4* found;      // (slots, most_splits, PIECES, MULTIPLIERS): what the shares of a tile found
-    u32* arrived;       // (slots,): how many of them have
+    u32* arrived;       // (slots, most_splits): of every share's part of the results, how many shares have left theirs
     int tokens, channels;
     int steps;          // of all channels
     int columns;        // tiles of rows of activations
@@ -67,6 +69,15 @@ __device__ __forceinline__ uint2 places_of(const Args& a, int channel) {
     return make_uint2(both & 0xFFFF, both >> 16);
 }
 
+// The first of two channels that piece i of a row has for lanes t of a warp.
+__device__ __forceinline__ int channel_of(int i, int t) { return i / 8 * STEP + i % 8 / 4 * 32 + i / 2 % 2 * 4 + i % 2 * 2 + 8 * t; }
+
+__device__ __forceinline__ void find_places(const Args& a, int i, uint2 (&places)[4]) {
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        if (channel_of(i, t) < a.channels) places[t] = places_of(a, channel_of(i, t));
+}
+
 // A block has one row of activations.
 extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_constant__ Args a) {
     extern __shared__ __align__(128) char shared[];
@@ -76,7 +87,9 @@ extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_con
     const Number* from = (const Number*)a.x + (size_t)token * a.channels;
     const bool real = token < a.tokens;
     if (token == 0)
-        for (int i = threadIdx.x; i < a.slots; i += ARRANGERS) a.arrived[i] = 0;
+        for (int i = threadIdx.x; i < a.slots * a.most_splits; i += ARRANGERS) a.arrived[i] = 0;
+    uint2 places[4];
+    find_places(a, threadIdx.x, places);  // while activations are on their way
     if (real && a.channels % 8 == 0) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < a.channels / 8; i += ARRANGERS) ((uint4*)given)[i] = __ldg((const uint4*)from + i);
@@ -85,21 +98,19 @@ extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_con
     __syncthreads();
     const int steps = a.steps;
     char* to = (char*)a.arranged + (size_t)(token / TOKENS) * steps * X_BYTES + row * 128;
-#pragma unroll 2
     for (int i = threadIdx.x; i < steps * 8; i += ARRANGERS) {
-        const int piece = i % 8, channel = i / 8 * STEP + piece / 4 * 32 + piece / 2 % 2 * 4 + piece % 2 * 2;
         u32 pair[4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            const int c = channel + 8 * t;
+            const int c = channel_of(i, t);
             pair[t] = 0;
             if (real && c < a.channels) {
-                const uint2 place = places_of(a, c);
-                pair[t] = given[place.x];
-                if (c + 1 < a.channels) pair[t] |= given[place.y] << 16;
+                pair[t] = given[places[t].x];
+                if (c + 1 < a.channels) pair[t] |= given[places[t].y] << 16;
             }
         }
-        *(uint4*)(to + (size_t)(i / 8) * X_BYTES + ((piece ^ row % 8) << 4)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+        *(uint4*)(to + (size_t)(i / 8) * X_BYTES + ((i % 8 ^ row % 8) << 4)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+        find_places(a, i + ARRANGERS, places);
     }
 }
 
@@ -498,41 +509,84 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
 
 __device__ __forceinline__ void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
 
-// Leave what was found for whoever comes last of this tile; who does so himself adds it all up, and says so.
-__device__ __forceinline__ bool add_shares(const Args& a, const Share& share, u32& before, float (&d)[TOKENS / 2]) {
-    constexpr int TOGETHER = PIECES < 8 ? PIECES : PIECES % 8 ? PIECES / 2 : 8;
-    float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
-    float4* own = found + share.split * PIECES * MULTIPLIERS;
+// The first piece of a share's part of the results; of one share more than there are: how many pieces there are.
+__device__ __forceinline__ int first_piece(int part, int splits) { return PIECES * part / splits; }
+
+__device__ __forceinline__ void leave(float4* to, int first, int last, bool inside, const float (&d)[TOKENS / 2]) {
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) __stcg(own + i * MULTIPLIERS, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    for (int i = 0; i < PIECES; i++)
+        if ((first <= i && i < last) == inside)
+            __stcg(to + i * MULTIPLIERS, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
     __threadfence();
     multipliers_barrier();
-    if (threadIdx.x == 0) before = atomicAdd(a.arrived + share.slot, 1);
-    multipliers_barrier();
-    if (before != share.splits - 1) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < PIECES; i += TOGETHER) {
-        float4 sum[TOGETHER] = {};
-#pragma unroll 1
-        for (int r = 0; r < share.splits; r++)
-#pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-                const float4 more = __ldcg(found + (r * PIECES + i + j) * MULTIPLIERS);
-                sum[j].x += more.x, sum[j].y += more.y, sum[j].z += more.z, sum[j].w += more.w;
-            }
-#pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-            float* to = d + 4 * (i + j);
-            to[0] = sum[j].x, to[1] = sum[j].y, to[2] = sum[j].z, to[3] = sum[j].w;
-        }
-    }
-    return true;
 }
 
-// Write a tile of results: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
-__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, const float (&d)[TOKENS / 2]) {
-    const int row = share.tile * 128 + l.row, first = share.column * TOKENS + 2 * l.t;
+// Whether so many have arrived, now or soon.
+__device__ __forceinline__ bool arrive_soon(const u32* arrived, u32 count) {
+    const u32 start = clock();
+    u32 found;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(arrived) : "memory");
+    while (found < count && clock() - start < PATIENCE);
+    return found >= count;
+}
+
+// Leave what was found to the other shares of the tile. Which parts of the results this one has to add up, as bits: its own,
+// and such as another one was to, who waited in vain.
+__device__ __forceinline__ u32 share_out(const Args& a, const Share& share, u32& parts, const float (&d)[TOKENS / 2]) {
+    float4* own = a.found + (size_t)(share.slot * a.most_splits + share.split) * PIECES * MULTIPLIERS + threadIdx.x;
+    const int first = first_piece(share.split, share.splits), last = first_piece(share.split + 1, share.splits);
+    u32* arrived = a.arrived + share.slot * a.most_splits;
+    leave(own, first, last, false, d);
+    if (threadIdx.x < 32) {
+        const bool other = threadIdx.x < share.splits && threadIdx.x != share.split;
+        bool mine = other && atomicAdd(arrived + threadIdx.x, 1) == share.splits - 1;
+        __syncwarp();
+        if (threadIdx.x == share.split) mine = arrive_soon(arrived + share.split, share.splits - 1);
+        const u32 all = __ballot_sync(~0u, mine);
+        if (threadIdx.x == 0) parts = all;
+    }
+    multipliers_barrier();
+    u32 found = parts;
+    if (!(found >> share.split & 1)) {
+        leave(own, first, last, true, d);
+        if (threadIdx.x == 0) parts = atomicAdd(arrived + share.split, 1) == share.splits - 1;
+        multipliers_barrier();
+        found |= parts << share.split;
+    }
+    __threadfence();
+    return found;
+}
+
+// Add up a part of the results: what the share whose part this is found comes first, then the next one's.
+__device__ __forceinline__ void add_up(const Args& a, const Share& share, int part, float (&d)[TOKENS / 2]) {
+    constexpr int TOGETHER = PIECES < 8 ? PIECES : PIECES % 8 ? PIECES / 2 : 8;
+    const float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
+    const int first = first_piece(part, share.splits), last = first_piece(part + 1, share.splits);
+    const bool own = part == share.split;  // these results are in their registers, and may be nowhere else
+#pragma unroll
+    for (int i = 0; i < PIECES; i += TOGETHER) {
+        if (i + TOGETHER <= first || last <= i) continue;
+        auto each = [&](auto act) {
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j++)
+                if (first <= i + j && i + j < last) act(j, d + 4 * (i + j));
+        };
+        if (!own) each([&](int, float* to) { to[0] = to[1] = to[2] = to[3] = 0.0f; });
+#pragma unroll 1
+        for (int k = own; k < share.splits; k++) {
+            const float4* of = found + (part + k) % share.splits * PIECES * MULTIPLIERS;
+            float4 more[TOGETHER];
+            each([&](int j, float*) { more[j] = __ldcg(of + (i + j) * MULTIPLIERS); });
+            each([&](int j, float* to) { to[0] += more[j].x, to[1] += more[j].y, to[2] += more[j].z, to[3] += more[j].w; });
+        }
+    }
+}
+
+// Write some results: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
+__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, int part, const float (&d)[TOKENS / 2]) {
+    const int begin = first_piece(part, share.splits), end = first_piece(part + 1, share.splits);
+    int row = share.tile * 128 + l.row, first = share.column * TOKENS + 2 * l.t;
+    asm volatile("" : "+r"(row), "+r"(first));  // whoever compiles would keep all addresses for the next part
     if (row >= a.w.rows) return;
     float bias[2] = {};
     if (a.bias) bias[0] = to_float(((const Number*)a.bias)[row]), bias[1] = to_float(((const Number*)a.bias)[row + 1]);
@@ -541,14 +595,14 @@ __device__ __forceinline__ void store(const Args& a, const Share& share, const L
     for (int i = 0; i < PIECES; i++, to += (size_t)8 * a.w.rows)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-            if (first + 8 * i + e < a.tokens)
+            if (begin <= i && i < end && first + 8 * i + e < a.tokens)
                 *(u32*)(to + e * a.w.rows) = two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
-    __shared__ u32 before;  // shares that had arrived when this one did
+    __shared__ u32 parts;  // of the results that this block has to add up
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
@@ -581,7 +635,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
             float d[TOKENS / 2] = {};
             multiply_share(room, share, l, turn, d);
             wait_for_last();  // `arrange` has cleared the counters
-            if (share.splits == 1 || add_shares(a, share, before, d)) store(a, share, l, d);
+            const u32 own = share.splits == 1 ? 1 : share_out(a, share, parts, d);
+#pragma unroll 1
+            for (int part = 0; part < share.splits; part++) {
+                if (!(own >> part & 1)) continue;
+                if (share.splits > 1) add_up(a, share, part, d);
+                store(a, share, l, part, d);
+            }
         }
     }
 }
