@@ -13,7 +13,7 @@
 // have been started yet. Warp w of a group has the 32 rows 32w ... of a tile, of which each
 // of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
 // So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
-// which `arrange` knows.
+// which `arrange` knows. While one segment is multiplied, the next one is unpacked.
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
@@ -232,11 +232,20 @@ struct Lane {
     }
 };
 
-// Narrow codes as halves of registers: their values are what is added to this.
-constexpr u32 MAGIC = DTYPE == 0 ? 0x43004300 : 0x64006400;
+template <int P>
+__device__ __forceinline__ void add_plane(u32 (&c)[2][2], uint2 word, int turn, int low) {
+    constexpr u32 field = ((1u << P) - 1) * 0x01010101u;
+    const u32 w[2] = {word.x, word.y};
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) c[i][j] |= __funnelshift_l(w[j], w[j], turn + low - P * i) & (field << low);
+}
 
-// Whether the codes of a segment are unpacked half by half; others are few.
-__device__ __forceinline__ bool is_narrow(int bits) { return bits > 0 && bits < 8; }
+// Codes as halves of registers: their values are what is added to this. Of 8 bits only float16 has the room.
+constexpr u32 MAGIC = DTYPE == 0 ? 0x43004300 : 0x64006400;
+template <int BITS>
+constexpr bool IN_HALVES = BITS < 8 || (BITS == 8 && DTYPE == 1);
 
 // float16 has few small numbers, so its weights are that much larger until they have been multiplied; but not if some of
 // them are stored as float16, which may be as large as that gets.
@@ -249,10 +258,10 @@ __device__ __forceinline__ u32 dequantized(u32 codes, u32 zeros, u32 steps) {
     return v;
 }
 
-// What the codes of a row need: zero point plus MAGIC and step, both twice; of 8 bits, the zero point plus 2^23 and the step, as
-// floats.
+// What the codes of a row need: zero point plus MAGIC and step, both twice; or as floats, the zero point plus 2^23, if not
+// IN_HALVES.
 __device__ __forceinline__ uint2 grid_of(int bits, u32 zero, float step) {
-    if (bits == 8) return make_uint2(__float_as_uint(8388608.0f + (float)zero), __float_as_uint(step));
+    if (DTYPE == 0 && bits == 8) return make_uint2(__float_as_uint(8388608.0f + (float)zero), __float_as_uint(step));
     return make_uint2(MAGIC + zero * 0x10001u, two_numbers(step, step));
 }
 
@@ -286,56 +295,58 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, flo
     to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
 }
 
-// What a lane needs of a segment of narrow codes: words of two rows, their grids. What planes the codes do not have is read
-// from somewhere in the stage, and masked out: so there is one way for all widths, without a branch.
-struct Raw {
-    uint2 fours, twos, ones;
-    uint4 grids;
-};
-
-__device__ __forceinline__ Raw read_segment(int bits, const char* words, const uint2* grids, const Lane& l) {
+// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
+template <int BITS>
+__device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
     auto two = [&](int place, int row) { return *(const uint2*)(words + place + row * ROW_BYTES); };
-    return Raw{two(l.fours, 0), two(l.twos, bits & 4), two(l.ones, bits & 6), *(const uint4*)grids};
-}
-
-// Unpack half a segment of narrow codes: two rows, channels 8t+4i .. 8t+4i+3 of this lane.
-__device__ __forceinline__ void unpack_half(int bits, const Raw& raw, const Lane& l, int i, u32 (&to)[4]) {
-    const u32 four = bits & 4 ? 0x0F0F0F0F : 0, two = bits & 2 ? 0x03030303 << (bits & 4) : 0, one = bits & 1 ? 0x01010101 << (bits & 6) : 0;
-    const u32 fours[2] = {raw.fours.x, raw.fours.y}, twos[2] = {raw.twos.x, raw.twos.y}, ones[2] = {raw.ones.x, raw.ones.y};
-    const u32 zeros[2] = {raw.grids.x, raw.grids.z}, steps[2] = {raw.grids.y, raw.grids.w};
-    const int two_turn = l.two_turn + (bits & 4) - 2 * i, one_turn = l.one_turn + (bits & 6) - i;
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        u32 c = fours[j] >> 4 * i & four;
-        c |= __funnelshift_l(twos[j], twos[j], two_turn) & two;
-        c |= __funnelshift_l(ones[j], ones[j], one_turn) & one;
-#pragma unroll
-        for (int h = 0; h < 2; h++) to[2 * h + j] = dequantized(__byte_perm(c, MAGIC >> 8, h ? 0x4342 : 0x4140), zeros[j], steps[j]);
-    }
-}
-
-// Unpack a segment of any other kind: 8 bits, float16 values, or nothing at all.
-__device__ __forceinline__ void unpack_wide(int bits, const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
-    auto two = [&](int row) { return *(const uint2*)(words + l.eights + row * ROW_BYTES); };
     const uint4 both = *(const uint4*)grids;
     const u32 zeros[2] = {both.x, both.z}, steps[2] = {both.y, both.w};
+    u32 c[2][2] = {};  // [channels 8t+4i ...][row]
+    u32 highs[2][2] = {};
+    if constexpr (BITS >= 8) {
+        const uint2 first = two(l.eights, 0), second = two(l.eights, 1);
+        c[0][0] = first.x, c[0][1] = first.y, c[1][0] = second.x, c[1][1] = second.y;
+    }
+    if constexpr (BITS == 16) {
+        const uint2 first = two(l.eights, 8), second = two(l.eights, 9);
+        highs[0][0] = first.x, highs[0][1] = first.y, highs[1][0] = second.x, highs[1][1] = second.y;
+    }
+    if constexpr (BITS & 4) add_plane<4>(c, two(l.fours, 0), 0, 0);
+    if constexpr (BITS & 2) add_plane<2>(c, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
+    if constexpr (BITS & 1) add_plane<1>(c, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint2 low = two(i), high = bits == 16 ? two(8 + i) : make_uint2(0, 0);
-        const u32 lows[2] = {low.x, low.y}, highs[2] = {high.x, high.y};
+    for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int j = 0; j < 2; j++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
+                u32& both = to[i][2 * h + j];
+                if constexpr (IN_HALVES<BITS>) {
+                    both = dequantized(__byte_perm(c[i][j], MAGIC >> 8, h ? 0x4342 : 0x4140), zeros[j], steps[j]);
+                    continue;
+                }
                 float v[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int k = 2 * h + e;
-                    if (bits == 16) v[e] = half_to_float((u16)__byte_perm(lows[j], highs[j], k + (k + 4) * 16));
-                    else v[e] = (__uint_as_float(__byte_perm(lows[j], 0x4B000000, 0x7440 + k)) - __uint_as_float(zeros[j])) * __uint_as_float(steps[j]);
+                    if constexpr (BITS == 16) v[e] = half_to_float((u16)__byte_perm(c[i][j], highs[i][j], k + (k + 4) * 16));
+                    else v[e] = (__uint_as_float(__byte_perm(c[i][j], 0x4B000000, 0x7440 + k)) - __uint_as_float(zeros[j])) * __uint_as_float(steps[j]);
                 }
-                to[i][2 * h + j] = bits ? two_numbers(v[0], v[1]) : 0;
+                both = two_numbers(v[0], v[1]);
             }
+}
+
+#define WIDTH(BITS) \
+    case BITS: \
+        unpack<BITS>(words, grids, l, to); \
+        break;
+
+__device__ __forceinline__ void unpack_segment(int bits, const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
+    switch (bits) {
+        CODE_WIDTHS(WIDTH)
+        default:
+#pragma unroll
+            for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
     }
 }
 
@@ -450,14 +461,13 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int
     }
 }
 
-// Multiply half a segment, of which a row of activations has 32 bytes. All products but these and those before have been made
-// then, so their operands may be written again. A warp that has started a product waits for the tensor core to take its operand:
-// therefore the next half is unpacked before the next product is started.
-__device__ __forceinline__ void multiply_half(u32 x, u32 (&a)[4], float (&d)[TOKENS / 2]) {
+// Multiply half a step: two operands of 16 channels, of which a row of activations has 32 bytes.
+__device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[TOKENS / 2]) {
     before_products();
-    multiply(d, a, x);
+    multiply(d, a[0], x);
+    multiply(d, a[1], x + 2);
     after_products();
-    wait_for_all_but<2>();
+    wait_for_all_but<1>();
 }
 
 // Results are in their registers here: whoever reorders instructions knows nothing of products that are under way.
@@ -466,75 +476,34 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
     for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// A segment that is to be multiplied next.
-struct Next {
-    int bits;
-    const char* words;
-    const uint2* grids;
-    Raw raw;
-
-    // The first segment of the step that lies at `stage`, or the second one.
-    __device__ __forceinline__ void read(const int* unit, const char* stage, bool second, const Lane& l) {
-        bits = unit[second ? 4 : 0];
-        words = stage + X_BYTES + (second ? unit[0] * ROW_BYTES : 0);
-        grids = (const uint2*)(stage + GRIDS_AT) + l.row + (second ? 128 : 0);
-        raw = read_segment(bits, words, grids, l);
-    }
-
-    __device__ __forceinline__ void unpack_first(const Lane& l, Operand& to) const {
-        if (is_narrow(bits)) return unpack_half(bits, raw, l, 0, to[0]);
-        wait_for_all_but<1>();
-        unpack_wide(bits, words, grids, l, to);
-    }
-
-    __device__ __forceinline__ void unpack_second(const Lane& l, Operand& to) const {
-        if (is_narrow(bits)) unpack_half(bits, raw, l, 1, to[1]);
-    }
-};
-
-// The warps that multiply: while half a segment is multiplied, half of the next one is unpacked.
+// The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
 __device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, float (&d)[TOKENS / 2]) {
-    if (share.steps == 0) return;
     Operand even, odd;
-    Next next;
-    const bool speaks = threadIdx.x % 32 == 0;
+    int speaks = threadIdx.x % 32 == 0;
     u32 ring = address(room.ring), full = room.full, ready = room.ready, empty = room.empty;
-    asm volatile("" : "+r"(ring), "+r"(full), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
-    const int* unit = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 8 * share.first;
-    auto stage_of = [&](int stage) { return (const char*)__cvta_shared_to_generic(ring + stage * STAGE_BYTES); };
-    auto arrival = [&] {
+    asm volatile("" : "+r"(speaks), "+r"(ring), "+r"(full), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
+    const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 8 * share.first;
+    int last = 0;
+    settle(d);
+#pragma unroll 1
+    for (int k = 0; k < share.steps; k++) {
+        const int first = units[8 * k], second = units[8 * k + 4];
+        const char* at = (const char*)__cvta_shared_to_generic(ring + turn.stage * STAGE_BYTES);
+        const char* words = at + X_BYTES;
+        const uint2* grids = (const uint2*)(at + GRIDS_AT) + l.row;
+        const u32 x = tile_at(ring + turn.stage * STAGE_BYTES);
         wait(full + turn.stage * 8, turn.parity);
         wait(ready + turn.stage * 8, turn.parity);
-    };
-    arrival();
-    settle(d);
-    next.read(unit, stage_of(turn.stage), false, l);
-    next.unpack_first(l, even);
-    next.unpack_second(l, even);
-    next.read(unit, stage_of(turn.stage), true, l);
-#pragma unroll 1
-    for (int k = 0, last = 0; k < share.steps; k++, unit += 8) {
-        const u32 x = tile_at(ring + turn.stage * STAGE_BYTES), now = turn.stage;
-        const bool more = k + 1 < share.steps;
-        turn.next();
-        multiply_half(x, even[0], d);
-        next.unpack_first(l, odd);
-        multiply_half(x + 2, even[1], d);
+        unpack_segment(first, words, grids, l, even);
+        multiply_segment(x, even, d);
         if (speaks && k) arrive(empty + last * 8);
-        next.unpack_second(l, odd);
-        if (more) {
-            arrival();
-            next.read(unit + 8, stage_of(turn.stage), false, l);
-        }
-        multiply_half(x + 4, odd[0], d);
-        next.unpack_first(l, even);
-        multiply_half(x + 6, odd[1], d);
-        next.unpack_second(l, even);
-        if (more) next.read(unit + 8, stage_of(turn.stage), true, l);
-        last = now;
+        unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
+        multiply_segment(x + 4, odd, d);
+        last = turn.stage;
+        turn.next();
     }
     wait_for_all_but<0>();
-    if (speaks) arrive(empty + (turn.stage ? turn.stage - 1 : STAGES - 1) * 8);
+    if (speaks && share.steps) arrive(empty + last * 8);
     settle(d);
 }
 
