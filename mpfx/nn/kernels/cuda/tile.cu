@@ -258,38 +258,29 @@ __device__ __forceinline__ u32 dequantized(u32 codes, u32 zeros, u32 steps) {
     return v;
 }
 
-// What the codes of a row need: zero point plus MAGIC and step, both twice; or as floats, the zero point plus 2^23, if not
-// IN_HALVES.
-__device__ __forceinline__ uint2 grid_of(int bits, u32 zero, float step) {
-    if (DTYPE == 0 && bits == 8) return make_uint2(__float_as_uint(8388608.0f + (float)zero), __float_as_uint(step));
-    return make_uint2(MAGIC + zero * 0x10001u, two_numbers(step, step));
-}
-
-// The grids of rows r .. r + 3 of a segment, r being four times that of a lane.
-__device__ __forceinline__ void find_grids(int bits, const u32* tail, int r, float scale, const float (&scales)[4], uint4* to) {
-    const int first = r % 32;
-    const u32* zeros = tail + r / 32 * bits;
-    u32 planes[3] = {};
-    if (ZEROS) {
-        if (bits == 8) planes[0] = zeros[first / 4];
-        if (bits & 4) planes[0] = zeros[first / 8];
-        if (bits & 2) planes[1] = zeros[(bits & 4) + first / 16];
-        if (bits & 1) planes[2] = zeros[bits & 6];
+// Find out what the codes of four rows of a segment need, a lane's: zero point plus MAGIC and step, both twice; or as floats, the
+// zero point plus 2^23, if not IN_HALVES. As field_of says, values of four rows are a byte apart.
+__device__ __forceinline__ void find_grids(int bits, const u32* tail, int lane, float scale, const float (&scales)[4], uint4* to) {
+    if (bits == 0 || bits == 16) return;
+    const u32* words = tail + lane / 8 * bits;
+    const int four = lane % 8;  // of the eight fours of rows that have these words
+    u32 zeros = 0x01010101u << (bits - 1);
+    if (ZEROS && bits == 8) zeros = words[four];
+    else if (ZEROS) {
+        zeros = bits & 4 ? words[four / 2] >> 4 * (four % 2) & 0x0F0F0F0F : 0;
+        if (bits & 2) zeros |= (words[(bits & 4) + four / 4] >> 2 * (four % 4) & 0x03030303) << (bits & 4);
+        if (bits & 1) zeros |= (words[bits & 6] >> four & 0x01010101) << (bits & 6);
     }
-    const u32 codes = tail[32 + r / 8];
+    const u32 codes = tail[32 + lane / 2] >> 4 * (lane % 2) & 0x0F0F0F0F;
     uint2 found[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const Field field = field_of(first + j);
-        u32 zero = 1u << (bits - 1);
-        if (ZEROS && bits == 8) zero = planes[0] >> field.eight & 255;
-        else if (ZEROS) {
-            const u32 four = planes[0] >> field.four & 15, two = planes[1] >> field.two & 3, one = planes[2] >> field.one & 1;
-            zero = four | two << (bits & 4) | one << (bits & 6);
-        }
+        const float code = __uint_as_float(__byte_perm(codes, 0x4B000000, 0x7440 + j));  // plus 2^23
         float power;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-0.25f * (float)(codes >> field.four & 15)));
-        found[j] = grid_of(bits, zero, scale * scales[j] * power);
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fmaf(-0.25f, code, 0.25f * 8388608.0f)));
+        const float step = scale * scales[j] * power;
+        if (DTYPE == 0 && bits == 8) found[j] = make_uint2(__byte_perm(zeros, 0x4B000000, 0x7440 + j), __float_as_uint(step));
+        else found[j] = make_uint2(__byte_perm(zeros, MAGIC, 0x5050 + 0x101 * j), two_numbers(step, step));
     }
     to[0] = make_uint4(found[0].x, found[0].y, found[1].x, found[1].y);
     to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
@@ -387,20 +378,27 @@ struct Room {
 
 // ---------------------------------------------------------------------------------------------------- roles
 
-// Copy what a segment needs of the weight.
-__device__ __forceinline__ void fetch_segment(const Args& a, const int4& unit, int tile, u32 words, u32 tail, int lane) {
-    const int row = tile * 128, tiles = (min(128, a.w.rows - row) + 31) / 32, bits = unit.x;
-    const u32* from = a.w.codes + ((size_t)unit.y * a.w.rows + row + lane * 4);
-    const int mine = row + lane * 4 < a.w.rows ? bits : 0;
+// Whether two segments have the same grids.
+__device__ __forceinline__ bool alike(const int4& one, const int4& other) { return one.x == other.x && one.z == other.z; }
+
+// Copy the words of a step, whose segments follow each other in memory as well.
+__device__ __forceinline__ void fetch_words(const Args& a, const int4& even, const int4& odd, int tile, u32 to, int lane) {
+    const int row = tile * 128 + lane * 4, count = row < a.w.rows ? even.x + odd.x : 0;
+    const u32* from = a.w.codes + ((size_t)even.y * a.w.rows + row);
+    to += lane * 16;
+#pragma unroll 1
+    for (int r = 0; r < count; r += 4, to += 4 * ROW_BYTES)
 #pragma unroll
-    for (int r = 0; r < 8; r++, from += a.w.rows)
-        if (r < mine) copy16(words + lane * 16 + r * ROW_BYTES, from);
-    if (mine == 16)
-#pragma unroll
-        for (int r = 8; r < 16; r++, from += a.w.rows) copy16(words + lane * 16 + r * ROW_BYTES, from);
+        for (int j = 0; j < 4; j++, from += a.w.rows)
+            if (r + j < count) copy16(to + j * ROW_BYTES, from);
+}
+
+// Copy zero points and scales of a segment.
+__device__ __forceinline__ void fetch_tail(const Args& a, const int4& unit, int tile, u32 to, int lane) {
+    const int tiles = (min(128, a.w.rows - tile * 128) + 31) / 32, bits = unit.x;
     if (bits == 0 || bits == 16) return;
-    if (ZEROS && lane < tiles * bits) copy4(tail + lane * 4, a.w.zeros + (unit.w + tile * 4 * bits + lane));
-    if (lane < 4 * tiles) copy4(tail + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
+    if (ZEROS && lane < tiles * bits) copy4(to + lane * 4, a.w.zeros + (unit.w + tile * 4 * bits + lane));
+    if (lane < 4 * tiles) copy4(to + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
 }
 
 // One of the warps that copy: of all steps of the block, `first`, `first` + COPIERS ... What `arrange` writes is there when it has
@@ -418,8 +416,9 @@ __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int f
             const u32 full = room.full + turn.stage * 8, to = address(room.ring + turn.stage * STAGE_BYTES), tail = to + TAIL_AT;
             if (count >= STAGES) wait(room.empty + turn.stage * 8, turn.parity ^ 1);
             const int4 even = room.units[2 * (share.first + k)], odd = room.units[2 * (share.first + k) + 1];
-            fetch_segment(a, even, share.tile, to + X_BYTES, tail, lane);
-            fetch_segment(a, odd, share.tile, to + X_BYTES + even.x * ROW_BYTES, tail + 48 * 4, lane);
+            fetch_words(a, even, odd, share.tile, to + X_BYTES, lane);
+            fetch_tail(a, even, share.tile, tail, lane);
+            if (!alike(even, odd)) fetch_tail(a, odd, share.tile, tail + 48 * 4, lane);
             arrive_when_copied(full);
             if (count == first) wait_for_last();
             if (lane == 0) {
@@ -449,13 +448,13 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int
             char* stage = room.ring + turn.stage * STAGE_BYTES;
             wait(room.full + turn.stage * 8, turn.parity);
             if (count % PREPARERS != first) continue;
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-                const int segment = 2 * (share.first + k) + s, bits = room.units[segment].x;
-                const u32* tail = (const u32*)(stage + TAIL_AT) + 48 * s;
-                uint4* to = (uint4*)(stage + GRIDS_AT) + 64 * s + 2 * lane;
-                if (bits > 0 && bits < 16) find_grids(bits, tail, 4 * lane, room.scales[segment], scales, to);
-            }
+            const int segment = 2 * (share.first + k);
+            const int4 even = room.units[segment], odd = room.units[segment + 1];
+            const u32* tail = (const u32*)(stage + TAIL_AT);
+            uint4* to = (uint4*)(stage + GRIDS_AT) + 2 * lane;
+            find_grids(even.x, tail, lane, room.scales[segment], scales, to);
+            if (alike(even, odd)) to[64] = to[0], to[65] = to[1];
+            else find_grids(odd.x, tail + 48, lane, room.scales[segment + 1], scales, to + 64);
             arrive(room.ready + turn.stage * 8);
         }
     }

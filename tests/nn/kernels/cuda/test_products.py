@@ -223,7 +223,7 @@ def test_tiles_wait_for_a_step_that_comes_late(tokens: int, monkeypatch: pytest.
         pytest.skip("needs a Hopper GPU")
     packed = on_device(pack(random_weight(LAYOUTS[-1], 256, coded=True)))
     x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
-    cut, load, copied = Tile(tokens, (Part(2, 1),)), nvrtc._load, "arrive_with(full, X_BYTES);"
+    cut, load, copied = Tile(tokens, (Part(2, 1),)), nvrtc._load, "arrive_when_copied(full);"
 
     def product() -> Tensor:
         out = torch.empty(tokens, 256, dtype=torch.bfloat16, device="cuda")
