@@ -8,9 +8,8 @@
 // of them, if there are fewer tiles left than processors. There is a block for every processor; it works on share after share, without
 // a pause between them: two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words,
 // zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a tile that is shared
-// out, every share also adds up a part of the results, always in the same order: the others leave in memory what they found.
-// If they take too long, it leaves its own there too, and whoever comes last adds up: nobody depends on a block that may not
-// have been started yet. Warp w of a group has the 32 rows 32w ... of a tile, of which each
+// out, each share leaves in memory what it found, and whoever comes last adds up: so nobody waits for a block that may not have
+// been started yet. Warp w of a group has the 32 rows 32w ... of a tile, of which each
 // of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
 // So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
 // which `arrange` knows. While one segment is multiplied, the next one is unpacked.
@@ -33,7 +32,6 @@ constexpr int THREADS = MULTIPLIERS + 32 * (COPIERS + PREPARERS);
 constexpr int ARRANGERS = 512;    // threads of a block of `arrange`
 constexpr int PIECES = TOKENS / 8;  // four results of a thread each
 constexpr int MOST_PARTS = 3;
-constexpr u32 PATIENCE = 1 << 15;  // cycles that a share waits for others of its tile: as long as some forty steps
 
 // Tiles that are shared out alike: numbers of the first one's rows, of its first share, and of it among those that are shared
 // out at all; how many tiles of rows, and into how many shares.
@@ -50,7 +48,7 @@ struct Args {
     const void* bias;
     void* out;          // (tokens, rows)
     float4* found;      // (slots, most_splits, PIECES, MULTIPLIERS): what the shares of a tile found
-    u32* arrived;       // (slots, most_splits): of every share's part of the results, how many shares have left theirs
+    u32* arrived;       // (slots,): how many of them have
     int tokens, channels;
     int steps;          // of all channels
     int columns;        // tiles of rows of activations
@@ -87,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_con
     const Number* from = (const Number*)a.x + (size_t)token * a.channels;
     const bool real = token < a.tokens;
     if (token == 0)
-        for (int i = threadIdx.x; i < a.slots * a.most_splits; i += ARRANGERS) a.arrived[i] = 0;
+        for (int i = threadIdx.x; i < a.slots; i += ARRANGERS) a.arrived[i] = 0;
     uint2 places[4];
     find_places(a, threadIdx.x, places);  // while activations are on their way
     if (real && a.channels % 8 == 0) {
@@ -479,8 +477,8 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 __device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, float (&d)[TOKENS / 2]) {
     Operand even, odd;
     int speaks = threadIdx.x % 32 == 0;
-    u32 ring = address(room.ring), full = room.full, ready = room.ready, empty = room.empty;
-    asm volatile("" : "+r"(speaks), "+r"(ring), "+r"(full), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
+    u32 ring = address(room.ring), ready = room.ready, empty = room.empty;
+    asm volatile("" : "+r"(speaks), "+r"(ring), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
     const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 8 * share.first;
     int last = 0;
     settle(d);
@@ -491,8 +489,7 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
         const char* words = at + X_BYTES;
         const uint2* grids = (const uint2*)(at + GRIDS_AT) + l.row;
         const u32 x = tile_at(ring + turn.stage * STAGE_BYTES);
-        wait(full + turn.stage * 8, turn.parity);
-        wait(ready + turn.stage * 8, turn.parity);
+        wait(ready + turn.stage * 8, turn.parity);  // who said so has waited for all that was copied
         unpack_segment(first, words, grids, l, even);
         multiply_segment(x, even, d);
         if (speaks && k) arrive(empty + last * 8);
@@ -508,89 +505,45 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
 
 __device__ __forceinline__ void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
 
-// The first piece of a share's part of the results; of one share more than there are: how many pieces there are.
-__device__ __forceinline__ int first_piece(int part, int splits) { return PIECES * part / splits; }
-
-__device__ __forceinline__ void leave(float4* to, int first, int last, bool inside, const float (&d)[TOKENS / 2]) {
-#pragma unroll
-    for (int i = 0; i < PIECES; i++)
-        if ((first <= i && i < last) == inside)
-            __stcg(to + i * MULTIPLIERS, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
-    multipliers_barrier();
-}
-
 // Say that this block has left something, and see what others have: how many had said so before.
-__device__ __forceinline__ u32 arrive_after_all(u32* arrived) {
+__device__ __forceinline__ u32 arrive_after(u32* arrived) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
     return before;
 }
 
-// Whether so many have arrived, now or soon.
-__device__ __forceinline__ bool arrive_soon(const u32* arrived, u32 count) {
-    const u32 start = clock();
-    u32 found;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(arrived) : "memory");
-    while (found < count && clock() - start < PATIENCE);
-    return found >= count;
-}
-
-// Leave what was found to the other shares of the tile. Which parts of the results this one has to add up, as bits: its own,
-// and such as another one was to, who waited in vain.
-__device__ __forceinline__ u32 share_out(const Args& a, const Share& share, u32& parts, const float (&d)[TOKENS / 2]) {
-    float4* own = a.found + (size_t)(share.slot * a.most_splits + share.split) * PIECES * MULTIPLIERS + threadIdx.x;
-    const int first = first_piece(share.split, share.splits), last = first_piece(share.split + 1, share.splits);
-    u32* arrived = a.arrived + share.slot * a.most_splits;
-    leave(own, first, last, false, d);
-    if (threadIdx.x < 32) {
-        const bool other = threadIdx.x < share.splits && threadIdx.x != share.split;
-        bool mine = other && arrive_after_all(arrived + threadIdx.x) == share.splits - 1;
-        __syncwarp();
-        if (threadIdx.x == share.split) mine = arrive_soon(arrived + share.split, share.splits - 1);
-        const u32 all = __ballot_sync(~0u, mine);
-        if (threadIdx.x == 0) parts = all;
-    }
-    multipliers_barrier();
-    u32 found = parts;
-    if (!(found >> share.split & 1)) {
-        leave(own, first, last, true, d);
-        if (threadIdx.x == 0) parts = arrive_after_all(arrived + share.split) == share.splits - 1;
-        multipliers_barrier();
-        found |= parts << share.split;
-    }
-    return found;
-}
-
-// Add up a part of the results: what the share whose part this is found comes first, then the next one's.
-__device__ __forceinline__ void add_up(const Args& a, const Share& share, int part, float (&d)[TOKENS / 2]) {
+// Leave what was found of a tile for whoever comes last; that is who adds up all of it, always in the same order.
+__device__ __forceinline__ bool add_up(const Args& a, const Share& share, u32& before, float (&d)[TOKENS / 2]) {
     constexpr int TOGETHER = PIECES < 8 ? PIECES : PIECES % 8 ? PIECES / 2 : 8;
-    const float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
-    const int first = first_piece(part, share.splits), last = first_piece(part + 1, share.splits);
-    const bool own = part == share.split;  // these results are in their registers, and may be nowhere else
+    float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+        __stcg(found + (share.split * PIECES + i) * MULTIPLIERS, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    multipliers_barrier();
+    if (threadIdx.x == 0) before = arrive_after(a.arrived + share.slot);
+    multipliers_barrier();
+    if (before != share.splits - 1) return false;
 #pragma unroll
     for (int i = 0; i < PIECES; i += TOGETHER) {
-        if (i + TOGETHER <= first || last <= i) continue;
-        auto each = [&](auto act) {
-#pragma unroll
-            for (int j = 0; j < TOGETHER; j++)
-                if (first <= i + j && i + j < last) act(j, d + 4 * (i + j));
-        };
-        if (!own) each([&](int, float* to) { to[0] = to[1] = to[2] = to[3] = 0.0f; });
+        float4 sum[TOGETHER] = {};  // of the shares before this one
 #pragma unroll 1
-        for (int k = own; k < share.splits; k++) {
-            const float4* of = found + (part + k) % share.splits * PIECES * MULTIPLIERS;
-            float4 more[TOGETHER];
-            each([&](int j, float*) { more[j] = __ldcg(of + (i + j) * MULTIPLIERS); });
-            each([&](int j, float* to) { to[0] += more[j].x, to[1] += more[j].y, to[2] += more[j].z, to[3] += more[j].w; });
+        for (int r = 0; r < share.splits; r++) {
+            const bool own = r == share.split, late = r >= share.split;
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j++) {
+                float* to = d + 4 * (i + j);
+                const float4 more = own ? sum[j] : __ldcg(found + (r * PIECES + i + j) * MULTIPLIERS);
+                if (late) to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
+                else sum[j].x += more.x, sum[j].y += more.y, sum[j].z += more.z, sum[j].w += more.w;
+            }
         }
     }
+    return true;
 }
 
-// Write some results: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
-__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, int part, const float (&d)[TOKENS / 2]) {
-    const int begin = first_piece(part, share.splits), end = first_piece(part + 1, share.splits);
-    int row = share.tile * 128 + l.row, first = share.column * TOKENS + 2 * l.t;
-    asm volatile("" : "+r"(row), "+r"(first));  // whoever compiles would keep all addresses for the next part
+// Write a tile of results: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
+__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, const float (&d)[TOKENS / 2]) {
+    const int row = share.tile * 128 + l.row, first = share.column * TOKENS + 2 * l.t;
     if (row >= a.w.rows) return;
     float bias[2] = {};
     if (a.bias) bias[0] = to_float(((const Number*)a.bias)[row]), bias[1] = to_float(((const Number*)a.bias)[row + 1]);
@@ -599,14 +552,14 @@ __device__ __forceinline__ void store(const Args& a, const Share& share, const L
     for (int i = 0; i < PIECES; i++, to += (size_t)8 * a.w.rows)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-            if (begin <= i && i < end && first + 8 * i + e < a.tokens)
+            if (first + 8 * i + e < a.tokens)
                 *(u32*)(to + e * a.w.rows) = two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
-    __shared__ u32 parts;  // of the results that this block has to add up
+    __shared__ u32 before;  // shares of a tile that had arrived when this one did
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
@@ -639,13 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
             float d[TOKENS / 2] = {};
             multiply_share(room, share, l, turn, d);
             wait_for_last();  // `arrange` has cleared the counters
-            const u32 own = share.splits == 1 ? 1 : share_out(a, share, parts, d);
-#pragma unroll 1
-            for (int part = 0; part < share.splits; part++) {
-                if (!(own >> part & 1)) continue;
-                if (share.splits > 1) add_up(a, share, part, d);
-                store(a, share, l, part, d);
-            }
+            if (share.splits == 1 || add_up(a, share, before, d)) store(a, share, l, d);
         }
     }
 }

@@ -110,7 +110,7 @@ class Tile:
         steps, slots = _steps(layout), self.slots(columns)
         arranged = torch.empty(columns * self.tokens * steps * _STEP_BYTES, dtype=torch.uint8, device=x.device)
         found = torch.empty(self.found_bytes(columns), dtype=torch.uint8, device=x.device)
-        arrived = torch.empty(slots * self.most_splits, dtype=torch.int32, device=x.device)
+        arrived = torch.empty(slots, dtype=torch.int32, device=x.device)
         units, parts, shares = _units(layout, weight.out_features, x.device), *self._shared_out(columns)
         arguments = Arguments(
             address(x), address(order), address(arranged), weight_argument(weight), address(units), address(bias),
