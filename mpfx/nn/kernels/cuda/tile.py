@@ -28,11 +28,11 @@ _TOKENS = (16, 32, 64, 128, 176, 256)
 _MOST_SPLITS = 8  # shares of a tile, at most
 _MOST_PARTS = 3  # as in tile.cu
 _MOST_FOUND_BYTES = 64 << 20  # what shares of tiles may leave in memory
-_TRIED = 2  # cuts of one part, and as many of several
+_TRIED = 4  # cuts, each of another kind
 # Measured on an H100, in nanoseconds: a step, what each row of activations adds to it, and the shortest step that there
-# is; by rows of activations, to write results, and what was found to memory and back.
-_STEP_NS, _STEP_TOKEN_NS, _LEAST_STEP_NS = 330.0, 1.64, 480.0
-_WRITE_TOKEN_NS, _SHARE_TOKEN_NS = 6.0, 10.0
+# is; by rows of activations, to write results; of a tile that is shared out, to leave and add up what each share found.
+_STEP_NS, _STEP_TOKEN_NS, _LEAST_STEP_NS = 330.0, 1.6, 400.0
+_WRITE_TOKEN_NS, _SHARE_TOKEN_NS = 8.0, 13.0
 
 
 class _Part(ctypes.Structure):
@@ -163,7 +163,7 @@ class Tile:
         busy, first = [0.0] * processors, 0
         for part in self.parts:
             took = step * _steps(layout) / part.splits + self.tokens * _WRITE_TOKEN_NS
-            took += self.tokens * _SHARE_TOKEN_NS * (part.splits - 1)
+            took += self.tokens * _SHARE_TOKEN_NS * part.splits * (part.splits > 1)
             rounds, more = divmod(columns * part.tiles * part.splits, processors)
             busy = [time + rounds * took for time in busy]
             for i in range(first, first + more):
@@ -196,11 +196,10 @@ def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> t
             cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors, _steps(layout)))
             few = (tile for tile in cuts if tile.found_bytes(columns) <= _MOST_FOUND_BYTES)
             times |= {tile: tile.time(columns, layout, processors) for tile in few}
-    kinds: dict[tuple[int, int], Tile] = {}
+    kinds: dict[tuple[int, int, bool], Tile] = {}
     for tile in sorted(times, key=times.__getitem__):
-        kinds.setdefault((tile.tokens, len(tile.parts)), tile)
-    one, several = ([tile for (_, parts), tile in kinds.items() if (parts > 1) == many] for many in (False, True))
-    return tuple(sorted(one[:_TRIED] + several[:_TRIED], key=times.__getitem__))
+        kinds.setdefault((tile.tokens, len(tile.parts), tile.most_splits > 1), tile)
+    return tuple(kinds.values())[:_TRIED]
 
 
 def _cuts(

@@ -73,7 +73,7 @@ def test_bits_of_a_mask_beyond_the_last_channel_are_not_counted() -> None:
 
 @pytest.mark.parametrize("channels", [4096, 28672, 29568, 53248, 100_000])
 def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """227 KiB less the barriers of eight stages; most of it do blocks ask for that have all the channels."""
+    """227 KiB less the barriers of eight stages and a number."""
     launches: list[Launch] = []
     monkeypatch.setattr(tile, "kernel", lambda *_: lambda launch, arguments: launches.append(launch))
     monkeypatch.setattr(tile, "_processors", lambda _: 132)
@@ -84,7 +84,7 @@ def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypa
     for cut in every:
         cut.multiply(x, weight, None, None, torch.empty(512, 4, dtype=torch.bfloat16))
     assert len(launches) == 2 * len(every)
-    assert max(launch.shared for launch in launches) <= (227 << 10) - 3 * 8 * 8
+    assert max(launch.shared for launch in launches) <= (227 << 10) - 3 * 8 * 8 - 4
     long = Layout(1 << 17, (4,) * (1 << 12), 32)
     assert not tile._tiles_for.__wrapped__(512, 64, long, 132)  # a row of activations is 256 KiB
 
@@ -111,6 +111,27 @@ def test_what_would_leave_processors_idle_is_split() -> None:
     cuts = tile._tiles_for.__wrapped__(512, 86, Layout(4096, (4,) * 128, 64), 132)
     assert cuts[0] == tile.Tile(256, (tile.Part(66, 1), tile.Part(20, 3)))
     assert tile.Tile(176, (tile.Part(86, 1),)) in cuts  # two rounds of 132, of which six tiles are missing
+
+
+@pytest.mark.parametrize(
+    ("shape", "fastest"),
+    [
+        ((16, 86, 4096), tile.Tile(16, (tile.Part(66, 2), tile.Part(20, 6)))),
+        ((64, 86, 4096), tile.Tile(64, (tile.Part(86, 3),))),
+        ((128, 86, 4096), tile.Tile(128, (tile.Part(86, 1),))),
+        ((256, 86, 4096), tile.Tile(256, (tile.Part(86, 1),))),
+        ((1024, 86, 4096), tile.Tile(256, (tile.Part(86, 1),))),
+        ((4096, 86, 4096), tile.Tile(256, (tile.Part(82, 1), tile.Part(4, 2)))),
+        ((512, 32, 11008), tile.Tile(256, (tile.Part(32, 2),))),
+        ((512, 112, 4096), tile.Tile(256, (tile.Part(112, 1),))),
+    ],
+    ids=str,
+)
+def test_what_was_measured_to_be_the_fastest_is_tried(shape: tuple[int, int, int], fastest: tile.Tile) -> None:
+    count, row_tiles, channels = shape
+    cuts = tile._tiles_for.__wrapped__(count, row_tiles, Layout(channels, (4,) * (channels // 32), 64), 132)
+    assert fastest in cuts
+    assert len(cuts) <= 4
 
 
 @pytest.mark.parametrize("channels", [32, 96, 200])
