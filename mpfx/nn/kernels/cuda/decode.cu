@@ -8,11 +8,10 @@
 // one of their vector, of three bytes (four, if they are float32): the right operand, a column each. So products are
 // exact, and the zero point is taken off once a unit, by way of the sum of its activations.
 //
-// Under a mask the words that hold the survivors of a unit's rows are copied as they lie in memory. They become bytes in
-// shared memory, one after the other, unless they have four bits; a lane picks its own from there, by a table of what eight
-// bits of a mask select. What is pruned gets the zero point, which counts nothing once it is taken off. Time goes by with
-// instructions, and with accesses to shared memory: so all that can be known of a unit is found before the first one, and
-// addresses are numbers that stay in registers.
+// Under a mask a unit is copied as it lies in memory: a word of the mask for every row, and the words that hold the
+// survivors of its rows. These become bytes in shared memory, one after the other; a lane picks its own from there, by a
+// table of what eight bits of a mask select. What is pruned becomes 0, so the zero point is taken off by way of the sum of
+// those activations whose weights are kept: products of the mask itself.
 //
 // Several weights that the same activations meet, in the same order, are multiplied by one launch: its blocks are shared
 // out among these sites.
@@ -46,10 +45,9 @@ constexpr int TILES = (COLUMNS + 7) / 8;
 constexpr int SEGMENT_BYTES = COLUMNS * 32;  // of activations
 constexpr int TAIL = 64;  // bytes behind the codes of a stage: 8 words of zero points, 4 of scales
 #if MASKED
-constexpr int ROWS_BYTES = 512;  // of 32 rows, 16 bytes of each
-constexpr int ROOM_BYTES = 2 * ROWS_BYTES + 2 * SURVIVOR_BYTES;
+constexpr int MASK_BYTES = 128;  // of a segment, before its survivors' words
+constexpr int ROOM_BYTES = 256 + 2 * SURVIVOR_BYTES;
 constexpr int TABLE_BYTES = 32 << 10;  // `selectors` of any eight bits, once for each lane: so no two want the same bank
-static_assert(SEGMENTS == 2, "masks and survivors of a unit go in pairs");
 constexpr int BETWEEN_ROWS = 8, BETWEEN_LANES = 1;  // rows g, g + 8, ...: lanes read what lies close together
 #else
 constexpr int ROOM_BYTES = 256;
@@ -75,18 +73,6 @@ __device__ __forceinline__ void store(void* p, size_t i, float f) {
     else asm volatile("{.reg .b16 h; cvt.rn.f16.f32 h, %1; st.global.b16 [%0], h;}" ::"l"((u16*)p + i), "f"(f));
 }
 
-#if MASKED
-// Copies without a branch.
-__device__ __forceinline__ void copy16_if(bool wanted, u32 to, const void* from) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global.L2::128B [%0], [%1], 16;}" ::"r"(to),
-                 "l"(from), "r"((u32)wanted));
-}
-__device__ __forceinline__ void copy4_if(bool wanted, u32 to, const void* from) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], 4;}" ::"r"(to), "l"(from),
-                 "r"((u32)wanted));
-}
-#endif
-
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int LATER>
 __device__ __forceinline__ void wait_for_all_but() {
@@ -105,82 +91,51 @@ __device__ __forceinline__ Unit unit(const int4& v) {
     return Unit{v.x & 255, v.x >> 8 & 255, v.x >> 16 & 255, v.x >> 24, v.y & 0xFFFF, v.y >> 16, (u32)v.z, v.w};
 }
 
-#if MASKED
-// Of a unit: that a segment has more than 32 blocks of survivors; that it ends with the last segment; that it has just one.
-constexpr u32 MORE = 1 << 8, LAST_ONE = 1 << 9, SINGLE = 1 << 10;
-constexpr int GRID_SHIFT = 11;
-constexpr u32 GRID_BITS = 15 << GRID_SHIFT;  // its bits, unless it has no grid
-#endif
-
 // Which part of the work a lane has.
 struct Lane {
     int lane, g, t, tile;
     Field field;           // of row `lane`
-    const u32* tail;                     // zero points, or coded scales of these rows
-#if MASKED
-    const u32* mask;                     // of row `lane`, or of the last row of the weight: nobody looks at further ones
-    const u16* bases;                    // what `scale_base` of this row counts from
-    const uint4* pieces;                 // its piece of the codes, counted from where 16 bytes are aligned
-    u32 piece_limit, tail_limit;         // what `words` and GRID_BITS of `kind` have to exceed for it to copy something
-    Part part;                           // of a row's mask
-    u32 room, rows, table, x, sums;      // in shared memory: what a lane has of its warp's rows, what it reads of these and
-                                         // of the table, of activations, of their sums
-#else
-    const char* codes;                   // what it copies of the first word rows: 16 bytes of one, or if not ALIGNED, 4
+    const char* codes;                   // what it copies of the first word rows: 16 bytes of one, or if not ALIGNED, 4;
+                                         // MASKED: of the masks of segments
+    const uint4* pieces;                 // MASKED only: its piece of the codes, counted from where 16 bytes are aligned
     u32 row_bytes;                       // from one word row to the next one
     int codes_to;                        // where to, in a stage
     int from_row;                        // 0 .. 3, or more than any unit has, if the weight has no such rows
+    const u32* tail;                     // zero points, or coded scales of these rows
     int zero_tile;                       // 0 if it copies scales
-#endif
 };
 
 // What is to stay in a register, as it is needed too often to be computed anew each time.
 template <typename T>
 __device__ __forceinline__ void keep(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void keep(int& i) { asm volatile("" : "+r"(i)); }
-__device__ __forceinline__ void keep(u32& i) { asm volatile("" : "+r"(i)); }
+
+// Of a stage, what a segment has under a mask: the mask's words, then those of its survivors.
+__device__ __forceinline__ int part_bytes(const Site& a) { return (a.stage_bytes - TAIL) / SEGMENTS; }
 
 __device__ __forceinline__ Lane lane_of(const Site& a) {
     Lane l;
     const int r = threadIdx.x % 32;
     l.lane = r, l.g = r / 4, l.t = r % 4, l.tile = (blockIdx.y - a.first_block) * GROUPS + threadIdx.x / (WARPS * 32);
     l.field = field_of(r);
-    l.tail = r < 8 ? a.w.zeros + r : a.w.scale_codes + (l.tile * 4 + r - 8);
-#if MASKED
-    const int row = min(l.tile * 32 + r, a.w.rows - 1);
-    l.mask = a.w.mask + row;
-    l.bases = CODED ? a.w.group_scales : a.w.scales + (size_t)row * a.w.grids;
-    l.pieces = (const uint4*)((size_t)a.w.codes & ~(size_t)15) + r;
-    l.part = part_of(l.t);
-    l.piece_limit = r << 16 | 0xFFFF, l.tail_limit = (r < 8 && ZEROS ? r : r >= 8 && r < 12 && CODED ? 0 : 15) << GRID_SHIFT;
-    keep(l.mask), keep(l.bases), keep(l.pieces), keep(l.piece_limit), keep(l.tail_limit);
-    keep(l.part.lower), keep(l.part.octet), keep(l.tail);
-#else
     const int row = ALIGNED ? r / 8 : 0, piece = ALIGNED ? r % 8 : r / 4, column = l.tile * 32 + (ALIGNED ? 4 * piece : r);
     l.from_row = column < a.w.rows ? row : 1 << 20;
-    l.codes = (const char*)(a.w.codes + (size_t)row * a.w.rows + column);
+    l.codes = (const char*)((MASKED ? a.w.mask : a.w.codes) + (size_t)row * a.w.rows + column);
     l.row_bytes = 4 * a.w.rows;
-    l.codes_to = row * 128 + ((piece ^ row * 2) << 4) + (ALIGNED ? 0 : r % 4 * 4);
+    l.codes_to = MASKED ? row * part_bytes(a) + column % 32 * 4 : row * 128 + ((piece ^ row * 2) << 4) + (ALIGNED ? 0 : r % 4 * 4);
+    l.tail = r < 8 ? a.w.zeros + r : a.w.scale_codes + (l.tile * 4 + r - 8);
     l.zero_tile = r < 8 ? l.tile : 0;
+    l.pieces = (const uint4*)((size_t)a.w.codes & ~(size_t)15) + r;
+    if (MASKED) keep(l.pieces);
     keep(l.codes), keep(l.codes_to), keep(l.from_row), keep(l.tail), keep(l.zero_tile);
-#endif
     return l;
 }
 
-// What is known of a unit before it is fetched.
+// What is known of a unit when it is fetched.
 struct Planned {
-#if MASKED
-    u32 first, words, other_first, other_words;  // of its segments: survivors, in 16 bytes from where those are aligned; where
-                                                 // they are to be in a stage, and from bit 16 on, how many 16 bytes they take
-    u32 start, other_start;                      // of its segments: the first survivor: its byte in shared memory, or if of
-                                                 // four bits, its place among such codes of a stage
-    u32 zeros, scales;                           // first word of its zero points, of its scales
-    u32 x, other_x;                              // of its segments: activations
-    u32 mask;                                    // first word of the mask
-    u32 kind;                                    // bits, 0: there is no such unit; MORE, LAST_ONE, SINGLE; GRID_BITS; from bit
-                                                 // 16 on, the grid
-#else
     int4 unit;
+#if MASKED
+    int4 stretches;  // where the survivors of its segments are, as `stretch_of` writes it
 #endif
 };
 
@@ -188,12 +143,14 @@ struct Planned {
 struct Room {
     char* given;      // AT_ONCE activation vectors as they are given
     char* x;          // of every segment, COLUMNS columns of 32 bytes; one more segment of zeros
-    float* sums;      // of every segment's columns; MASKED: integers
+    float* sums;      // of every segment's columns
     u32* largest;     // of every vector, as bits of a float32
     Planned* units;
     char* ring;       // STAGES stages: words of a unit, 128 bytes a word row, and TAIL
     u32 ring_at;
     float2* steps;    // 32 rows: scale, and scale times zero point
+    char* survivors;  // MASKED only: bytes, twice SURVIVOR_BYTES
+    u32 table;        // MASKED only: address of the selectors for this lane
 };
 
 // The j-th row of a lane.
@@ -333,7 +290,7 @@ __device__ __forceinline__ void arrange(const Room& room, const Places& p, const
         const u32 four = 15u << (threadIdx.x & 28);  // the threads of this segment
         sum += __shfl_xor_sync(four, sum, 1);
         sum += __shfl_xor_sync(four, sum, 2);
-        if (octet % 4 == 0) sums[part] = MASKED ? __int_as_float(sum) : (float)sum;
+        if (octet % 4 == 0) sums[part] = (float)sum;
     }
 }
 
@@ -352,7 +309,6 @@ __device__ __forceinline__ uint4 staged(const char* stage, int row, int g) {
     return *(const uint4*)(stage + row * 128 + ((g ^ (row & 3) * 2) << 4));
 }
 
-#if !MASKED
 // Scale of row `lane`, and scale times zero point.
 template <int BITS>
 __device__ __forceinline__ void step(const u32* tail, u16 base, float row_scale, const Lane& l, const Room& room) {
@@ -361,19 +317,18 @@ __device__ __forceinline__ void step(const u32* tail, u16 base, float row_scale,
     const float scale = scale_from<BITS>(base, tail[8 + l.lane / 8], l.field) * row_scale;
     room.steps[l.lane] = make_float2(scale, scale * (float)zero);
 }
-#endif
 
 // ---------------------------------------------------------------------------------------------------- products
 
 typedef float Results[2][TILES][4];  // of a lane's rows 2m and 2m + 1, columns 2t and 2t + 1 of every tile
 typedef int Sums[2][TILES][4];
 
-// Add the codes of four rows times the activations of one segment: `right(n)` are those of tile n.
-template <typename Right>
-__device__ __forceinline__ void multiply_codes(Sums& d, const Codes& c, const Right& right) {
+// Add the codes of four rows times the activations of one segment.
+__device__ __forceinline__ void multiply_codes(Sums& d, const Codes& c, const char* x, const Lane& l) {
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-        const uint2 b = right(n);
+        uint2 b = make_uint2(0, 0);
+        if (n * 8 + l.g < COLUMNS) b = *(const uint2*)(x + (n * 8 + l.g) * 32 + l.t * 8);
 #pragma unroll
         for (int m = 0; m < 2; m++)
             multiply(d[m][n], c.chunk[0][2 * m], c.chunk[0][2 * m + 1], c.chunk[1][2 * m], c.chunk[1][2 * m + 1], b);
@@ -407,7 +362,6 @@ __device__ __forceinline__ void add_raw(const Codes& lows, const Codes& highs, c
     }
 }
 
-#if !MASKED
 // Sums of the activations of a unit's segments.
 struct Ones {
     float of[TILES][2];
@@ -437,7 +391,8 @@ __device__ __forceinline__ void clear(Sums& d) {
             for (int i = 0; i < 4; i++) d[m][n][i] = MAGIC;
 }
 
-// Add what was found for a unit; `ones` are the sums of its activations.
+// Add what was found for a unit; `ones` are the sums of those activations that a code of the row counts.
+template <typename Ones>
 __device__ __forceinline__ void add_unit(const Ones& ones, const Room& room, const Lane& l, const Sums& d, Results& result) {
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -449,241 +404,90 @@ __device__ __forceinline__ void add_unit(const Ones& ones, const Room& room, con
                 result[m][n][i] = fmaf(steps[i / 2].x, whole_sum(d[m][n][i]), fmaf(-steps[i / 2].y, ones(m, n, i), result[m][n][i]));
     }
 }
-#endif
 
 // ---------------------------------------------------------------------------------------------------- units
 
 #if MASKED
-// Where the survivors of a segment are.
+// Where the survivors of a segment are, as they lie in memory, in whole pieces of 16 bytes.
 struct Stretch {
-    u32 first, pieces;  // pieces of 16 bytes, counted from where the codes start, or just before
-    u32 skip;           // bytes of the first piece, before the first block
-    u32 start;          // survivors of that block that come before
-    bool more;          // whether they are more than 32 blocks
+    u32 first;  // piece, from the one on in which the codes start
+    u32 packed;
+
+    __device__ int pieces() const { return packed & 255; }
+    __device__ int blocks() const { return packed >> 8 & 63; }   // of 32 survivors
+    __device__ int skip() const { return packed >> 14 & 12; }    // bytes of the first piece, before the first block
+    __device__ int start() const { return packed >> 18 & 31; }   // survivors of the first block that come before
 };
 
 __device__ __forceinline__ Stretch stretch_of(const Site& a, const Unit& u, int tile, int segment) {
     const uint2 range = survivors_of(a.w, tile, segment);
     const int blocks = blocks_of(range), offset = (size_t)a.w.codes & 15;
-    const size_t first = offset + 4 * (u.word + (size_t)(range.x / 32) * u.bits);
-    const u32 skip = first & 15, pieces = blocks ? (skip + blocks * u.bits * 4 + 15) / 16 : 0;
-    return Stretch{(u32)(first / 16), pieces, skip, range.x % 32, blocks > 32};
+    const size_t first = offset + 4 * (u.word + (size_t)(range.x / 32) * u.bits), skip = first & 15;
+    const u32 pieces = blocks ? (skip + blocks * u.bits * 4 + 15) / 16 : 0;
+    return Stretch{(u32)(first / 16), pieces | blocks << 8 | (u32)skip << 14 | range.x % 32 << 18};
 }
 
-__device__ __forceinline__ Planned plan(const Site& a, const Unit& u, const Lane& l) {
-    Planned p = {};
-    const bool single = u.segments == 1;
-    const int second = u.segment + 1, part = (a.stage_bytes - TAIL) / SEGMENTS;
-    const u32 survivors = l.room - l.lane * 16 + 2 * ROWS_BYTES;
-    const Stretch one = stretch_of(a, u, l.tile, u.segment), other = single ? Stretch{} : stretch_of(a, u, l.tile, second);
-    p.first = one.first, p.words = (TAIL + one.skip) | one.pieces << 16;
-    p.other_first = other.first, p.other_words = (TAIL + part + other.skip) | other.pieces << 16;
-    p.start = one.start + (u.bits == 4 ? 2 * (TAIL + one.skip) : survivors);
-    p.other_start = other.start + (u.bits == 4 ? 2 * (TAIL + part + other.skip) : survivors + SURVIVOR_BYTES);
-    p.zeros = u.zero + l.tile * u.bits, p.scales = u.grid * a.w.scale_words;
-    p.x = u.segment * SEGMENT_BYTES, p.other_x = (single ? SEGMENTS_IN_ALL : second) * SEGMENT_BYTES;
-    p.mask = (u32)u.segment * (u32)a.w.rows;
-    p.kind = u.bits | (one.more || other.more ? MORE : 0) | (u.segment + u.segments == SEGMENTS_IN_ALL ? LAST_ONE : 0) |
-             (single ? SINGLE : 0) | (u.bits < 16 ? u.bits << GRID_SHIFT : 0) | (u32)u.grid << 16;
-    return p;
+__device__ __forceinline__ int4 stretches_of(const Site& a, const Unit& u, int tile) {
+    Stretch one = {}, other = {};
+    if (u.bits) one = stretch_of(a, u, tile, u.segment);
+    if (u.segments > 1) other = stretch_of(a, u, tile, u.segment + 1);
+    return make_int4(one.first, one.packed, other.first, other.packed);
 }
 
-// No unit.
-__device__ __forceinline__ Planned nothing() {
-    Planned p = {};
-    p.kind = SINGLE;  // so nobody looks for the mask of a second segment
-    return p;
-}
+__device__ __forceinline__ Stretch stretch(const int4& unit, int s) { return s ? Stretch{(u32)unit.z, (u32)unit.w} : Stretch{(u32)unit.x, (u32)unit.y}; }
 
-// Parts of a unit's `Planned`, at its address.
-__device__ __forceinline__ uint4 words_of(u32 planned) { return shared_four(planned); }
-__device__ __forceinline__ uint2 starts_of(u32 planned) { return shared_two(planned + 16); }
-__device__ __forceinline__ uint2 tail_of(u32 planned) { return shared_two(planned + 24); }
-__device__ __forceinline__ uint2 x_of(u32 planned) { return shared_two(planned + 32); }
-__device__ __forceinline__ uint2 mask_and_kind_of(u32 planned) { return shared_two(planned + 40); }
-__device__ __forceinline__ u32 kind_of(u32 planned) { return shared_word(planned + 44); }
-
-// Start to copy what a unit needs of the weight.
-__device__ __forceinline__ void fetch(const Site& a, u32 planned, const Lane& l, u32 stage) {
-    const uint4 words = words_of(planned);
-    const uint2 tail = tail_of(planned);
-    const u32 to = stage + l.lane * 16 + TAIL, other_to = to + (u32)(a.stage_bytes - TAIL) / SEGMENTS;
-    const uint4 *from = l.pieces + words.x, *other_from = l.pieces + words.z;
-    copy16_if(words.y > l.piece_limit, to, from);
-    copy16_if(words.w > l.piece_limit, other_to, other_from);
-    if ((words.y | words.w) >> 21) {  // more than lanes
+// Start to copy the masks and survivors of a unit: a part of the stage for each segment.
+__device__ __forceinline__ void fetch_words(const Site& a, const Unit& u, const int4& stretches, const Lane& l, u32 stage) {
+    const char* mask = l.codes + (u32)u.segment * l.row_bytes;
+    if (ALIGNED) {
+        if (l.from_row < u.segments) copy16(stage + l.codes_to, mask);
+    } else
+        for (int s = l.from_row; s < u.segments; s++) copy4(stage + s * part_bytes(a) + l.codes_to, mask + s * l.row_bytes);
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+        const Stretch found = stretch(stretches, s);
+        const uint4* from = l.pieces + found.first;
+        const u32 to = stage + s * part_bytes(a) + MASK_BYTES + l.lane * 16;
+        const int pieces = found.pieces();
+        if (l.lane < pieces) copy16(to, from);
+        if (pieces > 32)
 #pragma unroll 1
-        for (int i = 32; i < (int)(words.y >> 16) - l.lane; i += 32) copy16(to + i * 16, from + i);
-#pragma unroll 1
-        for (int i = 32; i < (int)(words.w >> 16) - l.lane; i += 32) copy16(other_to + i * 16, other_from + i);
+            for (int i = 32; i < pieces - l.lane; i += 32) copy16(to + i * 16, from + i);
     }
-    copy4_if((kind_of(planned) & GRID_BITS) > l.tail_limit, stage + l.lane * 4, l.tail + (l.lane < 8 ? tail.x : tail.y));
 }
 
-// What of a unit is in registers: loaded as soon as they are free, while the one before it is multiplied.
-struct Loaded {
-    u32 mask, other_mask;  // of row `lane`
-    u32 kind;
-    u16 base;              // of its scale
-};
-
-// Behind the last unit, and for the second segment of one that has none: something, as nobody looks at it.
-__device__ __forceinline__ void load(const Site& a, u32 planned, const Lane& l, Loaded& loaded) {
-    const uint2 v = mask_and_kind_of(planned);
-    const u32* mask = l.mask + v.x;
-    loaded.kind = v.y;
-    loaded.mask = __ldg(mask);
-    loaded.other_mask = __ldg(mask + (v.y & SINGLE ? 0 : a.w.rows));
-    if (v.y & GRID_BITS) loaded.base = __ldg(l.bases + (v.y >> 16));
-}
-
-// The survivors of a unit as bytes, sixteen of each lane; of blocks that there are not, too, as nobody looks at these.
+// The survivors of a unit as bytes; and what a lane's own row has: its masks, and where its survivors start.
 template <int BITS>
-__device__ __forceinline__ void spread_unit(u32 planned, u32 kind, u32 stage, const Lane& l) {
-    const uint4 words = words_of(planned);
-    const u32 from = stage + (words.y & 0xFFFF), other_from = stage + (words.w & 0xFFFF);
-    const u32 to = l.room - l.lane * 16 + 2 * ROWS_BYTES;
-    auto all = [&](int i) {
-        int own = l.lane + i;
-        keep(own);  // else what depends on it alone is found for all widths, whatever a unit has
-        spread<BITS>([&](int k) { return shared_word(from + k * 4); }, own, to);
-        if (BITS < 16) spread<BITS>([&](int k) { return shared_word(other_from + k * 4); }, own, to + SURVIVOR_BYTES);
-    };
-    all(0);
-    all(32);
-    if (kind & MORE) {
-        __syncwarp();  // so this is a branch, and not what all units go through
-        if (l.lane < 2) all(64);
+__device__ __forceinline__ void spread_unit(const Site& a, const Unit& u, const int4& stretches, const char* stage,
+                                            const Lane& l, const Room& room, u32 (&mask)[SEGMENTS], u32 (&start)[SEGMENTS]) {
+    const bool is_row = l.tile * 32 + l.lane < a.w.rows;
+    u32 own = 0;
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+        const char* part = stage + s * part_bytes(a);
+        mask[s] = is_row && s < u.segments ? mask_from(((const u32*)part)[l.lane], u.segment + s) : 0;
+        own |= __popc(mask[s]) << (16 * s);
+        const Stretch found = stretch(stretches, s);
+        if (BITS < 16 || s == 0)
+            spread<BITS>((const u32*)(part + MASK_BYTES + found.skip()), found.blocks(), l.lane, room.survivors + s * SURVIVOR_BYTES);
     }
-}
-
-// For every row of a unit its scale, its masks, and where its survivors start; above the first one its zero point.
-template <int BITS>
-__device__ __forceinline__ void share_rows(u32 kind, uint2 starts, u32 stage, float row_scale, const Loaded& loaded, const Lane& l) {
-    u32 zero = 0;
-    if constexpr (BITS < 16) {
-        zero = zero_from<BITS>([&](int i) { return shared_word(stage + i * 4); }, l.lane, l.field);
-        const u32 word = CODED ? shared_word(stage + 32 + l.lane / 8 * 4) : 0;
-        share(l.room + ROWS_BYTES, __float_as_uint(scale_from<BITS>(loaded.base, word, l.field) * row_scale));
-    }
-    const u32 more = BITS == 4 ? 2 * stage : 0;  // such codes stay where they are
-    u32 mask = loaded.mask, other = loaded.other_mask;
-    if (LAST != ~0u && (kind & LAST_ONE)) (kind & SINGLE ? mask : other) &= LAST;
-    const u32 sum = before(__popc(mask) + (__popc(other) << 16));
-    const u32 start = starts.x + more + (sum & 0xFFFF), other_start = starts.y + more + (sum >> 16);
-    share(l.room, make_uint4(mask, other, (zero << START_BITS) + start, other_start));
+    const u32 sum = before(own, l.lane);
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) start[s] = (sum >> (16 * s) & 0xFFFF) + stretch(stretches, s).start() + address(room.survivors) + s * SURVIVOR_BYTES;
+    __syncwarp();
 }
 
 // Selectors of any eight bits, for every lane.
 __device__ __forceinline__ void fill_table(char* table) {
-    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
-        const u32 select = selectors(i / 8);
-        ((uint4*)table)[i] = make_uint4(select, select, select, select);
-    }
+    for (int i = threadIdx.x; i < 256 * 32; i += THREADS) ((u32*)table)[i] = selectors(i / 32);
 }
+#endif
 
-// Add the codes of two segments times their activations, which start at `x`. What the zero points of a lane's rows count is
-// taken off first: so sums are exact, and nothing is left of what is pruned.
-__device__ __forceinline__ void add_codes(const Codes (&c)[SEGMENTS], const int (&zeros)[4], uint2 x, const Lane& l, Results& result) {
-    Sums d;
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            auto sum_of = [&](u32 x) { return (int)shared_word(l.sums + x / 8 + n * 32 + i * 4); };
-            const int sum = sum_of(x.x) + sum_of(x.y);
-#pragma unroll
-            for (int j = 0; j < 4; j++) d[j / 2][n][j % 2 * 2 + i] = -zeros[j] * sum;
-        }
-    // Columns that there are not, too: nobody looks at what they add up to.
-    multiply_codes(d, c[0], [&](int n) { return shared_two(l.x + x.x + n * 256); });
-    multiply_codes(d, c[1], [&](int n) { return shared_two(l.x + x.y + n * 256); });
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float scale = __uint_as_float(shared_word(l.rows + ROWS_BYTES + j * BETWEEN_ROWS * 16));
-#pragma unroll
-        for (int n = 0; n < TILES; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float& sum = result[j / 2][n][j % 2 * 2 + i];
-                sum = fmaf(scale, (float)d[j / 2][n][j % 2 * 2 + i], sum);
-            }
-    }
-}
-
-template <int BITS>
-__device__ __forceinline__ void process(const Site& a, u32 planned, Loaded& loaded, u32 stage, float row_scale, const Lane& l,
-                                        const Room& room, Results& result) {
-    constexpr bool RAW = BITS == 16, AS_PACKED = BITS == 4;
-    const u32 kind = loaded.kind;
-    share_rows<BITS>(kind, starts_of(planned), stage, row_scale, loaded, l);
-    load(a, planned + (u32)sizeof(Planned), l, loaded);
-    if (!AS_PACKED) spread_unit<BITS>(planned, kind, stage, l);
-    __syncwarp();
-    const auto selectors_of = [&](u32 eight) { return shared_word(l.table + eight * 128); };
-    Codes c[SEGMENTS];  // RAW: of one segment, low and high bytes
-    int zeros[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const uint4 row = shared_four(l.rows + j * BETWEEN_ROWS * 16);
-        zeros[j] = RAW ? 0 : ZEROS ? row.z >> START_BITS : 1 << (BITS - 1);
-        const u32 fill = RAW ? 0 : ZEROS ? __byte_perm(row.z, 0, 0x3333) : zeros[j] * 0x01010101u;
-        place<BITS, AS_PACKED>(c, j, row.x, row.z, fill, l.part, selectors_of);
-        if (!RAW) place<BITS, AS_PACKED>(c + 1, j, row.y, row.w, fill, l.part, selectors_of);
-    }
-    const uint2 x = x_of(planned);
-    if constexpr (RAW) add_raw(c[0], c[1], room.x + x.x, l, result);
-    else add_codes(c, zeros, x, l, result);
-    __syncwarp();
-}
-
-// Find all that is known of a warp's units; behind the last one there is none, as often as one is looked at.
-__device__ __forceinline__ void plan_units(const Site& a, const int4* units, int most, const Lane& l, const Room& room) {
-    for (int i = l.lane; i < a.most_units + STAGES; i += 32) {
-        Unit u = {};
-        if (i < most) u = unit(__ldg(units + i));
-        room.units[i] = u.bits ? plan(a, u, l) : nothing();
-    }
-    __syncwarp();
-}
-
-// Where a warp is among its units.
-struct Turn {
-    u32 planned, stage;
-    Loaded loaded;
-};
-
-// Units of one width that follow each other.
-template <int BITS>
-__device__ __forceinline__ void multiply_run(const Site& a, Turn& now, float row_scale, const Lane& l, const Room& room, Results& result) {
-    do {
-        wait_for_all_but<STAGES - 1>();
-        __syncwarp();
-        process<BITS>(a, now.planned, now.loaded, now.stage, row_scale, l, room, result);
-        fetch(a, now.planned + STAGES * (u32)sizeof(Planned), l, now.stage);
-        commit();
-        now.planned += (u32)sizeof(Planned);
-        now.stage += a.stage_bytes;
-        if (now.stage == room.ring_at + STAGES * a.stage_bytes) now.stage = room.ring_at;
-    } while ((now.loaded.kind & 255) == BITS);
-}
-
-#define WIDTH(BITS) \
-    case BITS: \
-        multiply_run<BITS>(a, now, row_scale, l, room, result); \
-        break;
-
-__device__ __forceinline__ void multiply_units(const Site& a, float row_scale, const Lane& l, const Room& room, Results& result) {
-    Turn now = {address(room.units), room.ring_at};
-    load(a, now.planned, l, now.loaded);
-#pragma unroll 1
-    while (const int bits = now.loaded.kind & 255) switch (bits) {
-            CODE_WIDTHS(WIDTH)
-        }
-}
-#else
 // Start to copy what a unit needs of the weight.
-__device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Lane& l, u32 stage) {
+__device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Planned& planned, const Lane& l, u32 stage) {
+#if MASKED
+    fetch_words(a, u, planned.stretches, l, stage);
+#else
     const int words = u.bits * u.segments - l.from_row;
     const char* from = l.codes + u.word * l.row_bytes;
     if (ALIGNED) {
@@ -695,64 +499,50 @@ __device__ __forceinline__ void fetch(const Site& a, const Unit& u, const Lane& 
 #pragma unroll 1
         for (int r = 0; r < words; r++, from += l.row_bytes)
             copy4(stage + r * 128 + (l.codes_to ^ (r & 3) << 5), from);
+#endif
     const int at = (l.lane < 8 ? u.zero : u.grid * a.w.scale_words) + l.zero_tile * u.bits;
     if (l.lane < (l.lane < 8 ? u.zero_lanes : u.scale_lanes)) copy4(stage + a.stage_bytes - TAIL + l.lane * 4, l.tail + (u32)at);
 }
 
 template <int BITS>
-__device__ __forceinline__ void process(const Site& a, const Unit& u, const char* stage, u16 base, float row_scale, const Lane& l,
-                                        const Room& room, Results& result) {
+__device__ __forceinline__ void process(const Site& a, const Unit& u, const Planned& planned, const char* stage, u16 base,
+                                        float row_scale, const Lane& l, const Room& room, Results& result) {
     step<BITS>((const u32*)(stage + a.stage_bytes - TAIL), base, row_scale, l, room);
     const int second = u.segments == 1 ? SEGMENTS_IN_ALL : u.segment + 1;
     auto x = [&](int s) { return room.x + (s ? second : u.segment) * SEGMENT_BYTES; };
     Sums d;
     clear(d);
+#if MASKED
+    u32 mask[SEGMENTS];
+    u32 start[SEGMENTS];
+    spread_unit<BITS>(a, u, planned.stretches, stage, l, room, mask, start);
+    auto selectors_of = [&](u32 eight) { return shared_word(room.table + eight * 128); };
+    Sums ones;
+    clear(ones);
+#pragma unroll
+    for (int s = 0; s < (BITS == 16 ? 1 : SEGMENTS); s++) {
+        Codes c[2], kept;
+        masked_codes<BITS, BETWEEN_ROWS>(mask[s], start[s], l.g, l.t, selectors_of, c, kept);
+        if constexpr (BITS == 16) add_raw(c[0], c[1], x(0), l, result);
+        else {
+            multiply_codes(d, c[0], x(s), l);
+            multiply_codes(ones, kept, x(s), l);
+        }
+    }
+    const auto counted = [&](int m, int n, int i) { return whole_sum(ones[m][n][i]); };
+#else
     auto codes = [&](int first) { return codes_from<BITS == 16 ? 8 : BITS>([&](int row) { return staged(stage, first + row, l.g); }, l.t); };
     if constexpr (BITS == 16) add_raw(codes(0), codes(8), x(0), l, result);
     else
 #pragma unroll
-        for (int s = 0; s < SEGMENTS; s++)
-            multiply_codes(d, codes(s * BITS), [&](int n) {
-                uint2 b = make_uint2(0, 0);
-                if (n * 8 + l.g < COLUMNS) b = *(const uint2*)(x(s) + (n * 8 + l.g) * 32 + l.t * 8);
-                return b;
-            });
-    const Ones ones = ones_of(room.sums + u.segment * COLUMNS, room.sums + second * COLUMNS, l);
+        for (int s = 0; s < SEGMENTS; s++) multiply_codes(d, codes(s * BITS), x(s), l);
+    const Ones counted = ones_of(room.sums + u.segment * COLUMNS, room.sums + second * COLUMNS, l);
+#endif
     if constexpr (BITS == 16) return;
     __syncwarp();
-    add_unit(ones, room, l, d, result);
+    add_unit(counted, room, l, d, result);
     __syncwarp();
 }
-
-#define WIDTH(BITS) \
-    case BITS: \
-        process<BITS>(a, u, stage, base, row_scale, l, room, result); \
-        break;
-
-__device__ __forceinline__ void multiply_units(const Site& a, float row_scale, int most, const Lane& l, const Room& room, Results& result) {
-    int at = 0;  // of the ring
-#pragma unroll 1
-    for (int i = 0; i < most; i++) {
-        const Planned planned = room.units[i];
-        const Unit u = unit(planned.unit);
-        if (!u.bits) break;
-        const u16 base = u.bits == 16 ? 0 : scale_base(a.w, u.grid, l.tile * 32 + l.lane);
-        const char* stage = room.ring + at;
-        wait_for_all_but<STAGES - 1>();
-        __syncwarp();
-        switch (u.bits) {
-            CODE_WIDTHS(WIDTH)
-        }
-        if (i + STAGES < most) {
-            const Planned later = room.units[i + STAGES];
-            const Unit u = unit(later.unit);
-            if (u.bits) fetch(a, u, l, room.ring_at + at);
-        }
-        commit();
-        at = at == (STAGES - 1) * a.stage_bytes ? 0 : at + a.stage_bytes;
-    }
-}
-#endif
 
 // ---------------------------------------------------------------------------------------------------- clusters
 
@@ -815,6 +605,11 @@ __device__ __forceinline__ void finish(const Site& a, const Lane& l, int warp, c
     if (splits > 1) cluster_barrier();  // nobody leaves while others read
 }
 
+#define WIDTH(BITS) \
+    case BITS: \
+        process<BITS>(a, u, planned, stage, base, row_scale, l, room, result); \
+        break;
+
 constexpr int bytes_of(int n) { return n + 127 & ~127; }
 
 __device__ __forceinline__ const Site& site_of(const Args& args) {
@@ -829,32 +624,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     extern __shared__ __align__(128) char shared[];
     const Site& a = site_of(args);
     const int warp = threadIdx.x / 32 % WARPS;
-    Lane l = lane_of(a);
+    const Lane l = lane_of(a);
     const int ring_bytes = STAGES * a.stage_bytes;
     Room room;
     room.largest = (u32*)(shared + TABLE_BYTES);
     room.given = (char*)room.largest + bytes_of(COUNT * 4);
     room.x = room.given + bytes_of(AT_ONCE * IN * sizeof(Number));
     room.sums = (float*)(room.x + (SEGMENTS_IN_ALL + 1) * SEGMENT_BYTES);
-    const int stride = max(ring_bytes + ROOM_BYTES + (a.most_units + (MASKED ? STAGES : 0)) * (int)sizeof(Planned), COLUMNS * 128);
+    const int stride = max(ring_bytes + ROOM_BYTES + a.most_units * (int)sizeof(Planned), COLUMNS * 128);
     char* rooms = (char*)room.sums + bytes_of((SEGMENTS_IN_ALL + 1) * COLUMNS * 4) + threadIdx.x / (WARPS * 32) * WARPS * stride;
     int own = rooms - shared + warp * stride;  // a number: a pointer that is kept forgets that this is shared memory
     keep(own);
     room.steps = (float2*)(shared + own);
-#if MASKED
-    l.room = address(shared + own) + l.lane * 16, l.rows = address(shared + own) + l.g * 16;
-    l.table = address(shared) + l.lane * 4, l.x = address(room.x) + (TILES > 1 ? l.g : min(l.g, COLUMNS - 1)) * 32 + l.t * 8, l.sums = address(room.sums) + l.t * 8;
-    keep(l.room), keep(l.rows), keep(l.table), keep(l.x), keep(l.sums);
-#endif
+    room.survivors = (char*)(room.steps + 32);
+    room.table = address(shared) + l.lane * 4;
     room.ring = shared + own + ROOM_BYTES;
     room.ring_at = address(room.ring);
     room.units = (Planned*)(room.ring + ring_bytes);
     let_next_start();
     // What is short and waited for is loaded before the memory is busy with words.
     const int4* units = a.units + (cluster_rank() * WARPS + warp) * a.most_units;
-#if !MASKED
     const int4 first_unit = __ldg(units + min(l.lane, a.most_units - 1));
-#endif
     const int most = l.tile * 32 < a.w.rows ? a.most_units : 0;  // the last block may have groups without rows
     Places order[ROUNDS];
 #pragma unroll
@@ -872,22 +662,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             wait_for_last();
             load_activations(args, 0, given);
         } else {
+            for (int i = l.lane; i < a.most_units; i += 32) {
+                const int4 u = i < 32 ? first_unit : __ldg(units + i);
+                room.units[i].unit = u;
 #if MASKED
-            plan_units(a, units, most, l, room);
-#else
-            for (int i = l.lane; i < a.most_units; i += 32) room.units[i].unit = i < 32 ? first_unit : __ldg(units + i);
-            __syncwarp();
+                if (most) room.units[i].stretches = stretches_of(a, unit(u), l.tile);
 #endif
+            }
+            __syncwarp();
 #pragma unroll 1
             for (int i = 0; i < STAGES; i++) {
-#if MASKED
-                fetch(a, address(room.units + i), l, room.ring_at + i * a.stage_bytes);
-#else
                 if (i < most) {
                     const Unit u = unit(room.units[i].unit);
-                    if (u.bits) fetch(a, u, l, room.ring_at + i * a.stage_bytes);
+                    if (u.bits) fetch(a, u, room.units[i], l, room.ring_at + i * a.stage_bytes);
                 }
-#endif
                 commit();
             }
         }
@@ -910,11 +698,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     __syncthreads();
     Results result = {};
-#if MASKED
-    multiply_units(a, row_scale, l, room, result);
-#else
-    multiply_units(a, row_scale, most, l, room, result);
-#endif
+    int at = 0;  // of the ring
+#pragma unroll 1
+    for (int i = 0; i < most; i++) {
+        const Planned planned = room.units[i];
+        const Unit u = unit(planned.unit);
+        if (!u.bits) break;
+        const u16 base = u.bits == 16 ? 0 : scale_base(a.w, u.grid, l.tile * 32 + l.lane);
+        const char* stage = room.ring + at;
+        wait_for_all_but<STAGES - 1>();
+        __syncwarp();
+        switch (u.bits) {
+            CODE_WIDTHS(WIDTH)
+        }
+        if (i + STAGES < most) {
+            const Planned later = room.units[i + STAGES];
+            const Unit u = unit(later.unit);
+            if (u.bits) fetch(a, u, later, l, room.ring_at + at);
+        }
+        commit();
+        at = at == (STAGES - 1) * a.stage_bytes ? 0 : at + a.stage_bytes;
+    }
     wait_for_all_but<0>();
     __syncwarp();  // all lanes have read the last unit, whose place the results take
     finish(a, l, warp, room.largest, result, rooms, stride);

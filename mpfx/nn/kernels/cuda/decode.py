@@ -28,8 +28,8 @@ from mpfx.nn.packing import PackedWeight
 from mpfx.nn.scales import CodedScales
 
 _TAIL = 64  # as in decode.cu
-_ROOM = {False: 256, True: 2 * 512 + 2 * (33 * 32 + 16)}  # of a warp, by whether there is a mask
-_PLANNED = {False: 16, True: 48}  # of a unit
+_MASK_BYTES = 128
+_MASKED_ROOM = 2 * (33 * 32 + 8)
 _TABLE_BYTES = 32 << 10
 _WARPS = 24  # that a multiprocessor has the registers for
 
@@ -206,9 +206,8 @@ def _room(
     limit = int(properties.shared_memory_per_block_optin) - 1024  # what the kernel declares itself
     columns, segments = count * (4 if dtype == torch.float32 else 3), len(layout.widths) + 1
     _, most = unit_table(layout, ROWS, cut.cluster * cut.warps, True, True, None, torch.device("cpu"))
-    stages = min(cut.stages, most)
-    planned = _PLANNED[mask] * (most + stages * mask)
-    own = max(stages * _stage_bytes(layout, mask) + _ROOM[mask] + planned, 128 * columns)  # of a warp
+    ring = min(cut.stages, most) * _stage_bytes(layout, mask) + (32 if mask else 16) * most  # `Planned`
+    own = max(ring + 256 + _MASKED_ROOM * mask, 128 * columns)  # of a warp
     shared = _TABLE_BYTES * mask + 128 + segments * columns * SEGMENT + _even(4 * segments * columns)
     shared += cut.groups * cut.warps * own
     for at_once in range(count, 0, -1):
@@ -232,7 +231,7 @@ def _even(count: int) -> int:
 def _stage_bytes(layout: Layout, mask: bool) -> int:
     most = max(128 * bits * (1 if bits == RAW_BITS else _UNIT_SEGMENTS) for bits in layout.widths)
     if mask:  # of each segment whole blocks of survivors, which may start and end anywhere in 16 bytes
-        return _UNIT_SEGMENTS * (33 * 4 * max(layout.widths) + 32 & ~15) + _TAIL
+        return _UNIT_SEGMENTS * (_MASK_BYTES + 33 * 4 * max(layout.widths) + 32 & ~15) + _TAIL
     return most + _TAIL
 
 

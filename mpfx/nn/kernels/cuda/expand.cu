@@ -57,16 +57,14 @@ __device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int 
     const uint2 range = survivors_of(a.w, tile, segment);
     const int row = tile * 32 + lane;
     const u32 mask = row < a.w.rows ? mask_from(__ldg(a.w.mask + (size_t)segment * a.w.rows + row), segment) : 0;
-    const u32 survivors = address(room.survivors);
-    const u32* words = a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS;
-    for (int i = lane; i < 2 * blocks_of(range); i += 32) spread<BITS>([&](int k) { return words[k]; }, i, survivors);
+    spread<BITS>(a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS, blocks_of(range), lane, room.survivors);
     __syncwarp();
-    const u32 start = survivors + range.x % 32 + before(__popc(mask));
+    const u32 start = address(room.survivors) + range.x % 32 + before(__popc(mask), lane);
+    Codes kept;
+    masked_codes<BITS, 1>(mask, start, lane / 4 * 4, lane % 4, selectors, c, kept);
+    if (BITS < 16)  // what is pruned gets the zero point, which counts nothing
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int r = lane / 4 * 4 + j;  // what is pruned gets the zero point, which counts nothing
-        place<BITS, false>(c, j, __shfl_sync(~0u, mask, r), __shfl_sync(~0u, start, r), BITS < 16 ? room.absent[r] : 0, part_of(lane % 4), selectors);
-    }
+        for (int k = 0; k < 8; k++) c[0].chunk[k / 4][k % 4] |= (kept.chunk[k / 4][k % 4] * 255 ^ ~0u) & room.absent[lane / 4 * 4 + k % 4];
 #else
     const int column = tile * 32 + lane / 4 * 4, left = a.w.rows - column;
     auto four = [&](int row) {
