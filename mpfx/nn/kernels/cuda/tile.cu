@@ -4,15 +4,19 @@
 // `arrange` puts the activations in the order of the channels, rounded up to whole tiles of TOKENS rows times STEP channels,
 // each as `wgmma` reads it: 128 bytes a row, the eight pieces of 16 bytes of row r in the order of `piece ^ r % 8`.
 //
-// `tile`: a tile of results is 128 rows of the weight times TOKENS rows of activations, and a share of it all its channels, or some
-// of them, if there are fewer tiles left than processors. There is a block for every processor; it works on share after share, without
-// a pause between them: two warps copy ahead, into a ring of shared memory, what each step needs: a tile of activations, words,
-// zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a tile that is shared
-// out, each share leaves in memory what it found, and whoever comes last adds up: so nobody waits for a block that may not have
-// been started yet. Warp w of a group has the 32 rows 32w ... of a tile, of which each
-// of its lanes (g, t) unpacks, as packed.cuh says, channels 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m.
-// So the left operand of `wgmma`, from registers, has rows of the weight in an order of their own, and so have the channels: of
-// which `arrange` knows. While one segment is multiplied, the next one is unpacked.
+// `tile`: a tile of results is 128 rows of the weight times TOKENS rows of activations, and a share of it all its channels, or
+// some of them, if there are fewer tiles left than processors. There is a block for every processor; it works on share after
+// share, and copies ahead across their bounds: two warps fill a ring of shared memory with what each step needs: a tile of
+// activations, words, zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a
+// tile that is shared out, each share leaves in memory what it found, and whoever comes last adds up: nobody waits for a block
+// that may not have been started yet.
+//
+// Warp w of a group has the 32 rows 32w ... of a tile, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels
+// 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the
+// weight in an order of their own, and so have the channels: of which `arrange` knows. While one segment is multiplied, the
+// next one is unpacked. (A group's own products keep it from unpacking, only those of the other group do not: a step takes as
+// long as half its products and unpacking together. Measured: smaller steps, larger ones, and ways without branches gain
+// nothing at 512 rows of activations.)
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
