@@ -16,7 +16,14 @@ from mpfx.graph import OUTPUT, Block, blocks, last_readers, run_block, run_on
 Values = dict[str, Any]
 """What later blocks read of one batch, by name."""
 
-_SMALL = 1 << 20  # bytes; tensors below stay where they are: positions, masks of short batches, what all blocks read
+_SMALL = 1 << 20  # bytes; tensors below stay where they are and as they are: positions, masks of short batches
+
+
+class _Alike(WeakValueDictionary[str, Tensor]):
+    """Large masks by name, of the batch that had another one last; a copy in another process starts with none."""
+
+    def __reduce__(self) -> tuple[type["_Alike"], tuple[()]]:
+        return _Alike, ()
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,17 @@ class Runner:
     device: torch.device | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     most_bytes: int | None = None
-    _alike: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary, init=False, repr=False)
+    _alike: _Alike = field(default_factory=_Alike, init=False, repr=False, compare=False)
 
     def placed(self, parts: Sequence[Block]) -> AbstractContextManager[Iterator[Block]]:
         """Iterate over blocks, each of which lies on the device until the next one is asked for."""
         return closing(self._placed(parts))  # type: ignore[type-var]
 
     def run(self, block: Block, values: Mapping[str, Any], readers: Mapping[str, int]) -> Values:
-        """Run a block that is placed; see :func:`mpfx.graph.run_block`. Batches share masks that they have alike."""
+        """Run a block that is placed; see :func:`mpfx.graph.run_block`.
+
+        Batches share masks that they have alike, so nobody may write to values.
+        """
         with self.context():
             result = run_block(block, self.fetched(values), readers)
         return {name: value if name in values else self._shared(name, value) for name, value in result.items()}
@@ -88,12 +98,14 @@ class Runner:
                         streams[index] = self.kept(self.run(block, values, readers))
 
     def _shared(self, name: str, value: Any) -> Any:
-        """What an earlier batch has in the place of a large mask, if it is the same."""
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.nbytes < _SMALL:
+        """What the batch before has in the place of a large mask, if it is the same."""
+        if not isinstance(value, Tensor) or value.dtype != torch.bool or value.nbytes < _SMALL or value.is_meta:
             return value
-        other = self._alike.setdefault(name, value)
-        alike = other.device == value.device and other.dtype == value.dtype and torch.equal(other, value)
-        return other if alike else value
+        other = self._alike.get(name)
+        if other is not None and other.device == value.device and torch.equal(other, value):
+            return other
+        self._alike[name] = value
+        return value
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device, non_blocking=tensor.is_pinned())

@@ -1,6 +1,7 @@
 """Blocks that lie elsewhere than where they run: copies stand in for moves to an accelerator."""
 
 import copy
+import pickle
 import weakref
 from typing import Any
 
@@ -165,14 +166,15 @@ def test_values_wait_on_the_host_where_the_device_is_crowded(
     assert all(torch.equal(plain[name].hessian, found.hessian) for name, found in waiting.items())
 
 
+@pytest.mark.parametrize("odd", [0, 1])
 def test_batches_share_one_mask_where_it_is_the_same(
-    llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
+    odd: int, llama: Any, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "_SMALL", 0)
+    batches = batches[:1] * 4
     masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
-    masks[1][0, -3:] = 0
+    masks[odd][0, -3:] = 0
     calls = [{**b, "attention_mask": mask, "use_cache": False} for b, mask in zip(batches, masks, strict=True)]
-    assert len(calls) > 2
     gm = run_passes(trace(llama, (), calls[0]), analysis(Scope()))
     first, runner = blocks(gm)[0], Runner(CPU)
     readers, values = last_readers(blocks(gm)), [bind_inputs(gm, (), call) for call in calls]
@@ -180,10 +182,19 @@ def test_batches_share_one_mask_where_it_is_the_same(
         found = [runner.run(first, one, readers) for one in values]
         expected = [run_block(first, one, readers) for one in values]
     (name,) = [name for name, value in found[0].items() if getattr(value, "dtype", None) == torch.bool]
-    assert [one[name] is found[0][name] for one in found] == [index != 1 for index in range(len(found))]
+    assert found[3][name] is found[2][name]
+    assert found[2][name] is not found[odd][name]
     assert all(torch.equal(one[name], other[name]) for one, other in zip(found, expected, strict=True))
+    assert runner == Runner(CPU)
+    assert hash(runner) == hash(pickle.loads(pickle.dumps(runner)))
     found.clear()
     assert not runner._alike  # nothing is kept that no batch has any more
+
+
+def test_masks_without_data_are_shared_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.ones(4, 4, dtype=torch.bool, device="meta")
+    monkeypatch.setattr(running, "_SMALL", 0)
+    assert Runner(torch.device("meta"))._shared("mask", mask) is mask
 
 
 def test_layers_whose_outputs_nobody_needs_do_not_run(llama: Any, batches: Batches) -> None:

@@ -121,7 +121,7 @@ __device__ __forceinline__ float scale_from(u16 base, u32 word, const Field& fie
 // What a switch does for every width of codes, and for float16 values.
 #define CODE_WIDTHS(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(16)
 
-// ---------------------------------------------------------------------------------------------------- copies, clusters
+// ---------------------------------------------------------------------------------------------------- copies, launches
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -144,34 +144,6 @@ __device__ __forceinline__ void let_next_start() {
 __device__ __forceinline__ void wait_for_last() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-#else
-    return 0;
-#endif
-}
-
-__device__ __forceinline__ int cluster_size() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-    return r;
-#else
-    return 1;
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    __syncthreads();
 #endif
 }
 

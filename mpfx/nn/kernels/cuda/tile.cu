@@ -13,10 +13,10 @@
 //
 // Warp w of a group has the 32 rows 32w ... of a tile, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels
 // 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the
-// weight in an order of their own, and so have the channels: of which `arrange` knows. While one segment is multiplied, the
-// next one is unpacked. (A group's own products keep it from unpacking, only those of the other group do not: a step takes as
-// long as half its products and unpacking together. Measured: smaller steps, larger ones, and ways without branches gain
-// nothing at 512 rows of activations.)
+// weight in an order of their own, and so have the channels: of which `arrange` knows. The next segment is unpacked while one is
+// multiplied; measured, that hides what the other group multiplies, but not what the warp's own group does: a step takes as long
+// as half its products and unpacking together. Smaller pieces, larger ones, and ways without branches gain nothing at 512 rows
+// of activations.
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
@@ -477,14 +477,16 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
     for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The warps that multiply: one segment of a step is unpacked while the other one is multiplied.
-__device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, float (&d)[TOKENS / 2]) {
+// The warps that multiply: one segment of a step is unpacked while the other one is multiplied. `last`: the stage of the step
+// before, -1: there was none. It may be written again when the next step is ready, also beyond the end of a share: then all who
+// prepare have seen that it was full.
+__device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, int& last,
+                                               float (&d)[TOKENS / 2]) {
     Operand even, odd;
     int speaks = threadIdx.x % 32 == 0;
     u32 ring = address(room.ring), ready = room.ready, empty = room.empty;
     asm volatile("" : "+r"(speaks), "+r"(ring), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
     const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 8 * share.first;
-    int last = 0;
     settle(d);
 #pragma unroll 1
     for (int k = 0; k < share.steps; k++) {
@@ -496,14 +498,13 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
         wait(ready + turn.stage * 8, turn.parity);  // who said so has waited for all that was copied
         unpack_segment(first, words, grids, l, even);
         multiply_segment(x, even, d);
-        if (speaks && k) arrive(empty + last * 8);
+        if (speaks && last >= 0) arrive(empty + last * 8);
         unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
         multiply_segment(x + 4, odd, d);
         last = turn.stage;
         turn.next();
     }
     wait_for_all_but<0>();
-    if (speaks && share.steps) arrive(empty + last * 8);
     settle(d);
 }
 
@@ -590,11 +591,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         const Lane l(threadIdx.x);
         Turn turn;
+        int last = -1;
 #pragma unroll 1
         for (int i = blockIdx.x; i < a.shares; i += gridDim.x) {
             const Share share(a, i);
             float d[TOKENS / 2] = {};
-            multiply_share(room, share, l, turn, d);
+            multiply_share(room, share, l, turn, last, d);
             wait_for_last();  // `arrange` has cleared the counters
             if (share.splits == 1 || add_up(a, share, before, d)) store(a, share, l, d);
         }

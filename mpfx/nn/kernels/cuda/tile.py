@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """How the work is cut: every processor takes the next share as soon as it is done with one.
+    """How the work is cut: of as many processors as there are, each takes every so-many-th share.
 
     Attributes:
         tokens: rows of activations of a tile.
@@ -107,11 +107,13 @@ class Tile:
             out: contiguous, in the dtype of ``x``.
         """
         layout, columns = weight.layout, -(-len(x) // self.tokens)
+        assert sum(part.tiles for part in self.parts) == -(-weight.out_features // _ROWS)
         steps, slots = _steps(layout), self.slots(columns)
         arranged = torch.empty(columns * self.tokens * steps * _STEP_BYTES, dtype=torch.uint8, device=x.device)
         found = torch.empty(self.found_bytes(columns), dtype=torch.uint8, device=x.device)
         arrived = torch.empty(slots, dtype=torch.int32, device=x.device)
-        units, parts, shares = _units(layout, weight.out_features, x.device), *self._shared_out(columns)
+        units = _units(layout, weight.out_features, x.device)
+        parts, shares = self._shared_out(columns)
         arguments = Arguments(
             address(x), address(order), address(arranged), weight_argument(weight), address(units), address(bias),
             address(out), address(found), address(arrived), len(x), layout.in_features, steps, columns, shares, slots,
@@ -151,18 +153,18 @@ class Tile:
             parts[i] = _Part(tiles[i], shares[i], slots[i], part.tiles, part.splits)
         return parts, shares[-1]
 
-    def time(self, columns: int, layout: Layout, processors: int) -> float:
+    def time(self, columns: int, steps: int, processors: int) -> float:
         """About how many nanoseconds the work takes on an H100, without `arrange`, which is the same for all cuts.
 
         Args:
             columns: tiles of rows of activations.
-            layout: of the weight.
+            steps: of all channels.
             processors: that take shares in turn.
         """
         step = max(_STEP_NS + self.tokens * _STEP_TOKEN_NS, _LEAST_STEP_NS)
         busy, first = [0.0] * processors, 0
         for part in self.parts:
-            took = step * _steps(layout) / part.splits + self.tokens * _WRITE_TOKEN_NS
+            took = step * steps / part.splits + self.tokens * _WRITE_TOKEN_NS
             took += self.tokens * _SHARE_TOKEN_NS * part.splits * (part.splits > 1)
             rounds, more = divmod(columns * part.tiles * part.splits, processors)
             busy = [time + rounds * took for time in busy]
@@ -182,20 +184,21 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
     if not unpacks_in_registers(x, weight):
         return ()
     count = 1 << (len(x) - 1).bit_length()  # as other numbers of rows are to be served by the same choice
-    return _tiles_for(count, -(-weight.out_features // _ROWS), weight.layout, _processors(x.device))
+    row_tiles, channels = -(-weight.out_features // _ROWS), weight.layout.in_features
+    return _tiles_for(count, row_tiles, channels, _steps(weight.layout), _processors(x.device))
 
 
 @lru_cache(maxsize=4096)
-def _tiles_for(count: int, row_tiles: int, layout: Layout, processors: int) -> tuple[Tile, ...]:
-    if 2 * layout.in_features > _SHARED_BYTES:  # a row of activations is put in order there
+def _tiles_for(count: int, row_tiles: int, channels: int, steps: int, processors: int) -> tuple[Tile, ...]:
+    if 2 * channels > _SHARED_BYTES:  # a row of activations is put in order there
         return ()
     times: dict[Tile, float] = {}
     for tokens in _TOKENS:
         columns = -(-count // tokens)
         if tokens <= count or tokens == _TOKENS[0]:
-            cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors, _steps(layout)))
+            cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors, steps))
             few = (tile for tile in cuts if tile.found_bytes(columns) <= _MOST_FOUND_BYTES)
-            times |= {tile: tile.time(columns, layout, processors) for tile in few}
+            times |= {tile: tile.time(columns, steps, processors) for tile in few}
     kinds: dict[tuple[int, int, bool], Tile] = {}
     for tile in sorted(times, key=times.__getitem__):
         kinds.setdefault((tile.tokens, len(tile.parts), tile.most_splits > 1), tile)

@@ -176,19 +176,51 @@ def test_tiles_unpack_the_weight_in_registers(
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("processors", [1, 7, 132])
-def test_processors_take_one_share_after_the_other(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of tiles with all the channels, and of such whose shares go to any processors in any turn."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [256, 176, 64])
+def test_processors_take_one_share_after_the_other(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tiles with all the channels, and of such whose shares go to any processors; with the same result."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    packed = on_device(pack(random_weight(LAYOUTS[-1], 1000, coded=True)))
-    x = torch.randn(600, LAYOUTS[-1].in_features, dtype=torch.bfloat16, device="cuda")
-    expected = reference(x.float(), packed, None, None)
-    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _: processors)
-    for tokens in (256, 176, 64):
-        found = torch.full((600, 1000), float("nan"), dtype=torch.bfloat16, device="cuda")
-        Tile(tokens, (Part(3, 1), Part(2, 3), Part(3, 8))).multiply(x, packed, None, None, found)
-        assert float((found.float() - expected).norm() / expected.norm()) < 0.01
+    layout = Layout(1056, (16, *(6, 5, 4, 3) * 8), 32)
+    packed = on_device(pack(random_weight(layout, 1000, coded=True)))
+    x = (torch.randn(600, 1056, device="cuda") / 32).to(dtype)
+    order, bias = torch.randperm(1056).to(torch.uint16).cuda(), torch.randn(1000, device="cuda").to(dtype)
+    expected, results = reference(x.float(), packed, order, bias.float()), []
+    for processors in (1, 7, 132, 132):
+        monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _, processors=processors: processors)
+        results.append(torch.full((600, 1000), float("nan"), dtype=dtype, device="cuda"))
+        Tile(tokens, (Part(3, 1), Part(2, 3), Part(3, 8))).multiply(x, packed, order, bias, results[-1])
+        assert float((results[-1].float() - expected).norm() / expected.norm()) < 0.01
+        assert torch.equal(results[-1], results[0])
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the ends of shares too, which it may not even have seen when others are far ahead."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    packed = on_device(pack(random_weight(LAYOUTS[-1], 512, coded=True)))
+    x = torch.randn(256, 4096, dtype=torch.bfloat16, device="cuda")
+    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _: 1)
+    load, waits = nvrtc._load, "wait(room.full + turn.stage * 8, turn.parity);"
+
+    def product() -> Tensor:
+        out = torch.empty(256, 512, dtype=torch.bfloat16, device="cuda")
+        Tile(256, (Part(4, 8),)).multiply(x, packed, None, None, out)
+        return out
+
+    def slow(source: str, *options: Any) -> nvrtc.Kernel:
+        assert source.count(waits) == 1
+        nap = f"if (k == share.steps - 1 && first == {late}) __nanosleep(50000);\n"
+        return load(source.replace(waits, nap + waits), *options)
+
+    expected = product()
+    monkeypatch.setattr(nvrtc, "_load", slow)
+    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
+    assert torch.equal(product(), expected)
 
 
 @pytest.mark.parametrize("parts", [(Part(4, 1), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 8))], ids=str)
