@@ -1,8 +1,9 @@
 // A packed weight unpacked, transposed and in the order of the input: for many rows of activations, next to a matrix
 // product. A warp has 32 rows of a segment; lane (g, t) of it rows 4g .. 4g+3, channels 8t .. 8t+7.
 //
-// Set by whoever compiles, besides what packed.cuh needs: WARPS of a block; ORDER as in decode.cu; FULL, whether all
-// segments are full, what is written comes in tiles of 32 rows, and the order is aligned.
+// Set by whoever compiles, besides what packed.cuh and masked.cuh need: MASKED, whether there is a bitmask; WARPS of a block;
+// ORDER as in decode.cuh; FULL, whether all segments are full, what is written comes in tiles of 32 rows, and the order is
+// aligned.
 
 struct Args {
     const void* order;
@@ -132,11 +133,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(const __grid_con
     const int segment = blockIdx.y, tile = a.first_row / 32 + blockIdx.x * WARPS + warp;
     __shared__ __align__(16) float2 steps[WARPS][32];
     Room room = {steps[warp], nullptr, nullptr};
-#if MASKED
-    __shared__ __align__(16) u32 absent[WARPS][32];
-    __shared__ __align__(16) char survivors[WARPS][2 * SURVIVOR_BYTES];
-    room.absent = absent[warp], room.survivors = survivors[warp];
-#endif
+    if (MASKED) {
+        __shared__ __align__(16) u32 absent[WARPS][32];
+        __shared__ __align__(16) char survivors[WARPS][2 * SURVIVOR_BYTES];
+        room.absent = absent[warp], room.survivors = survivors[warp];
+    }
     if (tile * 32 >= min(a.w.rows, a.first_row + a.out_rows)) return;
     const int4 unit = __ldg(a.units + segment);
     switch (unit.x) {

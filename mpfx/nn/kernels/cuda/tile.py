@@ -119,7 +119,7 @@ class Tile:
         )  # fmt: skip
         stage, stages = _stages(self.tokens, _word_rows(layout), steps)
         macros = (
-            *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0), ("LAST", 0),
+            *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
             ("WORD_ROWS", _word_rows(layout)), ("ORDER", order_bytes(order)),
         )  # fmt: skip
