@@ -129,7 +129,7 @@ def test_refinement_agrees_with_pytorch(
         assert float(lowered.sum()) == pytest.approx(float(slow.lowered.sum()), rel=1e-2)
         assert float((found.codes != expected).double().mean()) < 0.02  # ties, and what follows from them
         errors = [layer_error(weight, replace(solved, codes=c).dequantize().cpu(), h) for c in (found.codes, expected)]
-        off = 1e-3 if torch.equal(found.codes, expected) else 1e-2  # there are several ways down from a tie
+        off = 1e-3 if torch.equal(found.codes, expected) else 1e-2  # after a tie there are several ways down
         assert errors[0] == pytest.approx(errors[1], rel=off)
         if not damping:
             assert torch.equal(found.codes[:, silent], solved.codes[:, silent])

@@ -43,6 +43,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison)
 
 
+@pytest.fixture
+def hopper() -> None:
+    """Skip on other GPUs."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
 def on_device(weight: PackedWeight) -> PackedWeight:
     parts = {name: None if part is None else part.cuda() for name, part in weight.parts.items()}
     return PackedWeight.of(parts, weight.layout)
@@ -152,6 +159,7 @@ TILES = [
 ]
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("out", "rows", "tile"), TILES, ids=str)
@@ -163,8 +171,6 @@ def test_tiles_unpack_the_weight_in_registers(
     # Float16 values of the weight are any: what they add up to has to be within float16's range.
     x = (torch.randn(rows, layout.in_features, device="cuda") / 32).to(dtype)
     bias = torch.randn(out, device="cuda").to(dtype)
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     assert unpacks_in_registers(x, packed)
     order = (
         None if rows == 9 else torch.randperm(layout.in_features).to(torch.uint16 if rows == 70 else torch.int32).cuda()
@@ -176,14 +182,13 @@ def test_tiles_unpack_the_weight_in_registers(
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [256, 176, 64])
 def test_processors_take_one_share_after_the_other(
     tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of tiles with all the channels, and of such whose shares go to any processors; with the same result."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     layout = Layout(1056, (16, *(6, 5, 4, 3) * 8), 32)
     packed = on_device(pack(random_weight(layout, 1000, coded=True)))
     x = (torch.randn(600, 1056, device="cuda") / 32).to(dtype)
@@ -197,11 +202,10 @@ def test_processors_take_one_share_after_the_other(
         assert torch.equal(results[-1], results[0])
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("late", [0, 1])
 def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the ends of shares too, which it may not even have seen when others are far ahead."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     packed = on_device(pack(random_weight(LAYOUTS[-1], 512, coded=True)))
     x = torch.randn(256, 4096, dtype=torch.bfloat16, device="cuda")
     monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _: 1)
@@ -223,11 +227,10 @@ def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest
     assert torch.equal(product(), expected)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("parts", [(Part(4, 1), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 8))], ids=str)
 def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tuple[Part, ...]) -> None:
     """Weights are read while activations are put in order, where those of the layer before were."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     layers = [on_device(pack(random_weight(Layout(1024, (4,) * 32, 64), 1024, coded=True))) for _ in range(4)]
     order = torch.randperm(1024).to(torch.uint16).cuda()
     x = torch.randn(600, 1024, dtype=torch.bfloat16, device="cuda")
@@ -248,11 +251,10 @@ def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tupl
     check_replays(run, x, expected)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("tokens", [256, 176])
 def test_tiles_wait_for_a_step_that_comes_late(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings of five stages and of six; all that is copied ahead, but for the first step, is there before that."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     packed = on_device(pack(random_weight(LAYOUTS[-1], 256, coded=True)))
     x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
     cut, load, copied = Tile(tokens, (Part(2, 1),)), nvrtc._load, "arrive_when_copied(full);"
