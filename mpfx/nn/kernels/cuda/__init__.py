@@ -1,8 +1,9 @@
 """Packed products on a CUDA device, in CUDA C++ that is compiled when it is first needed (:mod:`.nvrtc`).
 
-Up to eight rows of activations are multiplied with the packed words themselves (``decode.cu``). For more, the weight
-is unpacked in registers, tile by tile, on its way to the tensor cores (``tile.cu``, on Hopper GPUs), or in chunks that
-torch multiplies, one after the other (``expand.cu``): whichever was measured to be faster.
+Up to eight rows of activations are multiplied with the packed words themselves (``decode.cu``, or under a bitmask
+``decode_masked.cu``). For more, the weight is unpacked in registers, tile by tile, on its way to the tensor cores
+(``tile.cu``, on Hopper GPUs), or in chunks that torch multiplies, one after the other (``expand.cu``): whichever was
+measured to be faster.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A few rows of activations times a packed weight: what ``decode.cu`` needs from the host."""
+"""A few rows of activations times a packed weight: what ``decode.cu`` and ``decode_masked.cu`` need from the host."""
 
 import ctypes
 from bisect import bisect_left
@@ -27,15 +27,15 @@ from mpfx.nn.layout import RAW_BITS, SEGMENT, Layout
 from mpfx.nn.packing import PackedWeight
 from mpfx.nn.scales import CodedScales
 
-_TAIL = 64  # as in decode.cu
-_MASK_BYTES = 128
-_MASKED_ROOM = 2 * (33 * 32 + 8)
+_TAIL = 64  # as in decode.cuh
+_ROOM = {False: 256, True: 2 * 512 + 2 * (33 * 32 + 16)}  # of a warp, by whether there is a mask
+_PLANNED = {False: 16, True: 48}  # of a unit
 _TABLE_BYTES = 32 << 10
 _WARPS = 24  # that a multiprocessor has the registers for
 
 
 class Site(ctypes.Structure):
-    """``Site`` of ``decode.cu``."""
+    """``Site`` of ``decode.cuh``."""
 
     _fields_ = [
         ("weight", Weight),
@@ -50,7 +50,7 @@ class Site(ctypes.Structure):
 
 @cache
 def _arguments(sites: int) -> type[ctypes.Structure]:
-    """``Args`` of ``decode.cu``."""
+    """``Args`` of ``decode.cuh``."""
     fields = [("x", ctypes.c_void_p), ("order", ctypes.c_void_p), ("early", ctypes.c_int), ("sites", Site * sites)]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
@@ -79,7 +79,7 @@ def room_for(x: Tensor, weight: PackedWeight) -> int:
 
 def alike(x: Tensor, weights: Sequence[PackedWeight]) -> bool:
     """Whether one launch can multiply all these weights, which the same activations meet in the same order."""
-    return len({weight_macros(x, weight) for weight in weights}) == 1
+    return len({(_source(weight), *weight_macros(x, weight)) for weight in weights}) == 1
 
 
 def decode(
@@ -122,12 +122,16 @@ def _launch(
         ("SEGMENTS", _UNIT_SEGMENTS), ("GROUPS", cut.groups), ("WARPS", cut.warps),
         ("STAGES", min(cut.stages, *(site.most_units for site in sites))), ("COUNT", len(x)), ("AT_ONCE", at_once),
     )  # fmt: skip
-    run = kernel("decode.cu", "decode", macros, x.device.index)
+    run = kernel(_source(weights[0]), "decode", macros, x.device.index)
     # What is before it then cannot have written this weight, and not yet be done.
     early = _overlaps(x.device) and last_captured() in _handles
     _handles.add(run.handle)
     arguments = _arguments(len(sites))(address(x), address(order), early, (Site * len(sites))(*sites))
     run(Launch((cut.cluster, block), 32 * cut.groups * cut.warps, shared, cut.cluster, early), arguments)
+
+
+def _source(weight: PackedWeight) -> str:
+    return "decode.cu" if weight.mask is None else "decode_masked.cu"
 
 
 def _site(weight: PackedWeight, bias: Tensor | None, out: Tensor, cut: Cut, block: int) -> Site:
@@ -206,8 +210,9 @@ def _room(
     limit = int(properties.shared_memory_per_block_optin) - 1024  # what the kernel declares itself
     columns, segments = count * (4 if dtype == torch.float32 else 3), len(layout.widths) + 1
     _, most = unit_table(layout, ROWS, cut.cluster * cut.warps, True, True, None, torch.device("cpu"))
-    ring = min(cut.stages, most) * _stage_bytes(layout, mask) + (32 if mask else 16) * most  # `Planned`
-    own = max(ring + 256 + _MASKED_ROOM * mask, 128 * columns)  # of a warp
+    stages = min(cut.stages, most)
+    planned = _PLANNED[mask] * (most + stages * mask)
+    own = max(stages * _stage_bytes(layout, mask) + _ROOM[mask] + planned, 128 * columns)  # of a warp
     shared = _TABLE_BYTES * mask + 128 + segments * columns * SEGMENT + _even(4 * segments * columns)
     shared += cut.groups * cut.warps * own
     for at_once in range(count, 0, -1):
@@ -231,7 +236,7 @@ def _even(count: int) -> int:
 def _stage_bytes(layout: Layout, mask: bool) -> int:
     most = max(128 * bits * (1 if bits == RAW_BITS else _UNIT_SEGMENTS) for bits in layout.widths)
     if mask:  # of each segment whole blocks of survivors, which may start and end anywhere in 16 bytes
-        return _UNIT_SEGMENTS * (_MASK_BYTES + 33 * 4 * max(layout.widths) + 32 & ~15) + _TAIL
+        return _UNIT_SEGMENTS * (33 * 4 * max(layout.widths) + 32 & ~15) + _TAIL
     return most + _TAIL
 
 
@@ -243,7 +248,7 @@ def unit_table(
     """Share the segments of a weight among warps, in units of up to two that have one grid.
 
     Returns:
-        int32 ``(workers, most, 4)``: what ``unit`` of ``decode.cu`` reads; and most.
+        int32 ``(workers, most, 4)``: what ``unit`` of ``decode.cuh`` reads; and most.
     """
     table, units, costs = segments_of(layout, rows, streams), [], []
     spans = (*layout.grids, *(run for run in layout.runs if run.bits == RAW_BITS))

@@ -1,8 +1,9 @@
 // A packed weight unpacked, transposed and in the order of the input: for many rows of activations, next to a matrix
 // product. A warp has 32 rows of a segment; lane (g, t) of it rows 4g .. 4g+3, channels 8t .. 8t+7.
 //
-// Set by whoever compiles, besides what packed.cuh needs: WARPS of a block; ORDER as in decode.cu; FULL, whether all
-// segments are full, what is written comes in tiles of 32 rows, and the order is aligned.
+// Set by whoever compiles, besides what packed.cuh and masked.cuh need: MASKED, whether there is a bitmask; WARPS of a block;
+// ORDER as in decode.cuh; FULL, whether all segments are full, what is written comes in tiles of 32 rows, and the order is
+// aligned.
 
 struct Args {
     const void* order;
@@ -57,14 +58,16 @@ __device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int 
     const uint2 range = survivors_of(a.w, tile, segment);
     const int row = tile * 32 + lane;
     const u32 mask = row < a.w.rows ? mask_from(__ldg(a.w.mask + (size_t)segment * a.w.rows + row), segment) : 0;
-    spread<BITS>(a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS, blocks_of(range), lane, room.survivors);
+    const u32 survivors = address(room.survivors);
+    const u32* words = a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS;
+    for (int i = lane; i < 2 * blocks_of(range); i += 32) spread<BITS>([&](int k) { return words[k]; }, i, survivors);
     __syncwarp();
-    const u32 start = address(room.survivors) + range.x % 32 + before(__popc(mask), lane);
-    Codes kept;
-    masked_codes<BITS, 1>(mask, start, lane / 4 * 4, lane % 4, selectors, c, kept);
-    if (BITS < 16)  // what is pruned gets the zero point, which counts nothing
+    const u32 start = survivors + range.x % 32 + before(__popc(mask));
 #pragma unroll
-        for (int k = 0; k < 8; k++) c[0].chunk[k / 4][k % 4] |= (kept.chunk[k / 4][k % 4] * 255 ^ ~0u) & room.absent[lane / 4 * 4 + k % 4];
+    for (int j = 0; j < 4; j++) {
+        const int r = lane / 4 * 4 + j;  // what is pruned gets the zero point, which counts nothing
+        place<BITS, false>(c, j, __shfl_sync(~0u, mask, r), __shfl_sync(~0u, start, r), BITS < 16 ? room.absent[r] : 0, part_of(lane % 4), selectors);
+    }
 #else
     const int column = tile * 32 + lane / 4 * 4, left = a.w.rows - column;
     auto four = [&](int row) {
@@ -130,11 +133,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(const __grid_con
     const int segment = blockIdx.y, tile = a.first_row / 32 + blockIdx.x * WARPS + warp;
     __shared__ __align__(16) float2 steps[WARPS][32];
     Room room = {steps[warp], nullptr, nullptr};
-#if MASKED
-    __shared__ __align__(16) u32 absent[WARPS][32];
-    __shared__ __align__(16) char survivors[WARPS][2 * SURVIVOR_BYTES];
-    room.absent = absent[warp], room.survivors = survivors[warp];
-#endif
+    if (MASKED) {
+        __shared__ __align__(16) u32 absent[WARPS][32];
+        __shared__ __align__(16) char survivors[WARPS][2 * SURVIVOR_BYTES];
+        room.absent = absent[warp], room.survivors = survivors[warp];
+    }
     if (tile * 32 >= min(a.w.rows, a.first_row + a.out_rows)) return;
     const int4 unit = __ldg(a.units + segment);
     switch (unit.x) {

@@ -90,7 +90,10 @@ def expand(x: Tensor, weight: PackedWeight, order: Tensor | None, first: int, ou
     units = _units(layout, weight.out_features, streams, x.device)
     arguments = Arguments(address(order), weight_argument(weight), address(units), address(out), first, out.shape[1])
     full = layout.in_features % SEGMENT == 0 and out.shape[1] % ROWS == 0 and address(order) % 16 == 0
-    macros = (*weight_macros(x, weight), ("ORDER", order_bytes(order)), ("WARPS", _WARPS), ("FULL", int(full)))
+    macros = (
+        *weight_macros(x, weight), ("MASKED", int(weight.mask is not None)), ("ORDER", order_bytes(order)),
+        ("WARPS", _WARPS), ("FULL", int(full)),
+    )  # fmt: skip
     launch = Launch((-(-out.shape[1] // (ROWS * _WARPS)), len(layout.widths)), 32 * _WARPS, 0)
     kernel("expand.cu", "expand", macros, x.device.index)(launch, arguments)
 

@@ -18,7 +18,13 @@ import torch
 from mpfx.nn.kernels.cuda.kept import kept_bytes
 
 _OPTIONS = ("-std=c++17", "-default-device")
-_COMMON = "packed.cuh"
+_PARTS = {
+    "decode.cu": ("packed.cuh", "decode.cuh", "decode.cu", "decode_kernel.cuh"),
+    "decode_masked.cu": ("packed.cuh", "masked.cuh", "decode.cuh", "decode_masked.cu", "decode_kernel.cuh"),
+    "expand.cu": ("packed.cuh", "masked.cuh", "expand.cu"),
+    "tile.cu": ("packed.cuh", "tile.cu"),
+}
+"""What is compiled as one, in this order, by source file: NVRTC gets one text, so no file includes another one."""
 
 
 @cache
@@ -84,7 +90,7 @@ def kernel(file: str, name: str, macros: tuple[tuple[str, int], ...], device: in
     """Compile ``name`` of a source file beside this one.
 
     Args:
-        file: its name; ``packed.cuh`` goes before it.
+        file: its name; ``_PARTS`` says what it is compiled with.
         name: of an ``extern "C"`` kernel.
         macros: what is defined for it.
         device: index of the CUDA device that it is for.
@@ -93,7 +99,7 @@ def kernel(file: str, name: str, macros: tuple[tuple[str, int], ...], device: in
         RuntimeError: if it does not compile, with the compiler's log, or the driver does not take it.
     """
     folder = files("mpfx.nn.kernels.cuda")
-    return _load("\n".join(folder.joinpath(part).read_text() for part in (_COMMON, file)), name, macros, device)
+    return _load("\n".join(folder.joinpath(part).read_text() for part in _PARTS[file]), name, macros, device)
 
 
 def _load(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int) -> Kernel:

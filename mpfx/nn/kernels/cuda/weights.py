@@ -44,7 +44,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def weight_macros(x: Tensor, weight: PackedWeight) -> tuple[tuple[str, int], ...]:
-    """What ``packed.cuh`` has to know when it is compiled."""
+    """What ``packed.cuh`` and ``masked.cuh`` have to know when they are compiled."""
     layout, parts = weight.layout, [part for part in (weight.codes, weight.mask) if part is not None]
     aligned = weight.out_features % 4 == 0 and all(part.data_ptr() % 16 == 0 for part in parts)
     return (
@@ -52,7 +52,6 @@ def weight_macros(x: Tensor, weight: PackedWeight) -> tuple[tuple[str, int], ...
         ("IN", layout.in_features),
         ("CODED", int(isinstance(weight.scales, CodedScales))),
         ("ZEROS", int(weight.zeros is not None)),
-        ("MASKED", int(weight.mask is not None)),
         ("ALIGNED", int(aligned)),
         ("LAST", last_word(layout.in_features)),
     )

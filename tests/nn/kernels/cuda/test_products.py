@@ -1,6 +1,7 @@
 """CUDA kernels against float64 products of the dense weight, on poisoned buffers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def agrees(x: Tensor, dense: Tensor, packed: PackedWeight, order: Tensor | None,
     assert found.dtype == x.dtype
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[x.dtype]
     assert torch.equal(found, packed_linear(x, packed, order, bias))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
+def test_rows_without_survivors_give_zero(bits: int) -> None:
+    """Exactly: what is pruned is not just close to nothing."""
+    weight = random_weight(Layout(192, (bits,) * 6, 64), 70, coded=True, density=0.5)
+    assert weight.kept is not None
+    kept = weight.kept.clone()
+    kept[::3] = False
+    packed = on_device(pack(replace(weight, codes=weight.codes.masked_fill(~kept, 0), kept=kept)))
+    found = packed_linear(torch.randn(2, 192, device="cuda"), packed, None, None)
+    assert not found[:, ::3].any()
+    assert found[:, 1::3].all()
 
 
 @pytest.mark.parametrize(
