@@ -21,8 +21,9 @@ constexpr u32 GRID_BITS = 15 << GRID_SHIFT;  // its bits, unless it has no grid
 struct Planned {
     u32 first, words, other_first, other_words;  // of its segments: survivors, in 16 bytes from where those are aligned; where
                                                  // they are to be in a stage, and from bit 16 on, how many 16 bytes they take
-    u32 start, other_start;                      // of its segments: the first survivor: its byte in shared memory, or if of
-                                                 // four bits, its place among such codes of a stage
+    u32 start, other_start;                      // of its segments: the first survivor: its byte in the block's window of
+                                                 // shared memory, or if of four bits, its place among such codes of a stage,
+                                                 // to which twice an address is added
     u32 zeros, scales;                           // first word of its zero points, of its scales
     u32 x, other_x;                              // of its segments: activations
     u32 mask;                                    // first word of the mask
@@ -51,6 +52,7 @@ struct Reader : Lane {
     Part part;                       // of a row's mask
     u32 room, rows, table, x, sums;  // in shared memory: what a lane has of its warp's rows, what it reads of these and
                                      // of the table, of activations, of their sums
+    u32 window;                      // of addresses there
 
     using Lane::Lane;
 };
@@ -72,7 +74,7 @@ __device__ __forceinline__ Reader reader_of(const Site& a) {
 __device__ __forceinline__ void reach(Reader& l, char* table, u32 own, const Room& room) {
     l.room = own + l.lane * 16, l.rows = own + l.g * 16;
     l.table = address(table) + l.lane * 4, l.x = address(room.x) + (TILES > 1 ? l.g : min(l.g, COLUMNS - 1)) * 32 + l.t * 8;
-    l.sums = address(room.sums) + l.t * 8;
+    l.sums = address(room.sums) + l.t * 8, l.window = window_of(address(table));
     keep(l.room), keep(l.rows), keep(l.table), keep(l.x), keep(l.sums);
 }
 
@@ -98,12 +100,12 @@ __device__ __forceinline__ Planned plan(const Site& a, const Unit& u, const Read
     Planned p = {};
     const bool single = u.segments == 1;
     const int second = u.segment + 1, part = (a.stage_bytes - TAIL) / SEGMENTS;
-    const u32 survivors = l.room - l.lane * 16 + 2 * ROWS_BYTES;
+    const u32 survivors = l.room - l.lane * 16 + 2 * ROWS_BYTES - l.window;
     const Stretch one = stretch_of(a, u, l.tile, u.segment), other = single ? Stretch{} : stretch_of(a, u, l.tile, second);
     p.first = one.first, p.words = (TAIL + one.skip) | one.pieces << 16;
     p.other_first = other.first, p.other_words = (TAIL + part + other.skip) | other.pieces << 16;
-    p.start = one.start + (u.bits == 4 ? 2 * (TAIL + one.skip) : survivors);
-    p.other_start = other.start + (u.bits == 4 ? 2 * (TAIL + part + other.skip) : survivors + SURVIVOR_BYTES);
+    p.start = one.start + (u.bits == 4 ? 2 * (TAIL + one.skip - l.window) : survivors);
+    p.other_start = other.start + (u.bits == 4 ? 2 * (TAIL + part + other.skip - l.window) : survivors + SURVIVOR_BYTES);
     p.zeros = u.zero + l.tile * u.bits, p.scales = u.grid * a.w.scale_words;
     p.x = u.segment * SEGMENT_BYTES, p.other_x = (single ? SEGMENTS_IN_ALL : second) * SEGMENT_BYTES;
     p.mask = (u32)u.segment * (u32)a.w.rows;
@@ -278,8 +280,8 @@ __device__ __forceinline__ void process(const Site& a, u32 planned, Loaded& load
         const uint4 row = shared_four(l.rows + j * BETWEEN_ROWS * 16);
         zeros[j] = RAW ? 0 : ZEROS ? row.z >> START_BITS : 1 << (BITS - 1);
         const u32 fill = RAW ? 0 : ZEROS ? __byte_perm(row.z, 0, 0x3333) : zeros[j] * 0x01010101u;
-        place<BITS, AS_PACKED>(c, j, row.x, row.z, fill, l.part, selectors_of);
-        if (!RAW) place<BITS, AS_PACKED>(c + 1, j, row.y, row.w, fill, l.part, selectors_of);
+        place<BITS, AS_PACKED>(c, j, l.window, row.x, row.z, fill, l.part, selectors_of);
+        if (!RAW) place<BITS, AS_PACKED>(c + 1, j, l.window, row.y, row.w, fill, l.part, selectors_of);
     }
     const uint2 x = x_of(planned);
     if constexpr (RAW) add_raw(c[0], c[1], room.x + x.x, l, result);

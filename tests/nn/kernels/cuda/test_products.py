@@ -120,6 +120,18 @@ def test_every_cut_gives_the_same(cut: Cut, density: float) -> None:
     assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("cut", [Cut(2, 1, 16, 2), Cut(4, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_blocks_of_a_cluster_find_their_own_survivors(bits: int, cut: Cut) -> None:
+    """An address in shared memory says which block of the cluster it is of."""
+    weight = random_weight(Layout(384, (bits,) * 12, 32), 144, coded=True, density=0.4)
+    x = torch.randn(1, 384, dtype=torch.float32, device="cuda")
+    expected = x.double() @ weight.dequantize().double().cuda().t()
+    found = decode(x, [on_device(pack(weight))], None, [None], cut)[0]
+    assert float((found.double() - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
 @pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (8, torch.float32), (9, torch.float16)])
 def test_several_weights_at_once_give_what_each_gives_alone(rows: int, dtype: torch.dtype, density: float) -> None:
