@@ -13,7 +13,8 @@ constexpr int TABLE_BYTES = 32 << 10;  // `selectors` of any eight bits, once fo
 constexpr int EMPTY_UNITS = STAGES;  // what is fetched ahead is not asked whether it is one
 constexpr int BETWEEN_ROWS = 8;  // rows g, g + 8, ... are those of lane (g, t): so lanes read what lies close together
 
-// Of a unit: that a segment has more than 32 blocks of survivors; that it ends with the last segment; that it has just one.
+// Of a unit: that the survivors of a segment end where 31 blocks do not reach, so that a lane may look behind 32; that it ends
+// with the last segment; that it has just one.
 constexpr u32 MORE = 1 << 8, LAST_ONE = 1 << 9, SINGLE = 1 << 10;
 constexpr int GRID_SHIFT = 11;
 constexpr u32 GRID_BITS = 15 << GRID_SHIFT;  // its bits, unless it has no grid
@@ -85,7 +86,7 @@ struct Stretch {
     u32 first, pieces;  // pieces of 16 bytes, counted from where the codes start, or just before
     u32 skip;           // bytes of the first piece, before the first block
     u32 start;          // survivors of that block that come before
-    bool more;          // whether they are more than 32 blocks
+    bool more;          // whether they end where 31 blocks do not reach
 };
 
 __device__ __forceinline__ Stretch stretch_of(const Site& a, const Unit& u, int tile, int segment) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ Stretch stretch_of(const Site& a, const Unit& u, int 
     const int blocks = blocks_of(range), offset = (size_t)a.w.codes & 15;
     const size_t first = offset + 4 * (u.word + (size_t)(range.x / 32) * u.bits);
     const u32 skip = first & 15, pieces = blocks ? (skip + blocks * u.bits * 4 + 15) / 16 : 0;
-    return Stretch{(u32)(first / 16), pieces, skip, range.x % 32, blocks > 32};
+    return Stretch{(u32)(first / 16), pieces, skip, range.x % 32, blocks > 31};
 }
 
 __device__ __forceinline__ Planned plan(const Site& a, const Unit& u, const Reader& l) {

@@ -60,7 +60,9 @@ __device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int 
     const u32 mask = row < a.w.rows ? mask_from(__ldg(a.w.mask + (size_t)segment * a.w.rows + row), segment) : 0;
     const u32 survivors = address(room.survivors);
     const u32* words = a.w.codes + (u32)unit.y + (size_t)(range.x / 32) * BITS;
-    for (int i = lane; i < 2 * blocks_of(range); i += 32) spread<BITS>([&](int k) { return words[k]; }, i, survivors);
+    const int blocks = blocks_of(range);
+    for (int i = lane; i < 2 * blocks; i += 32) spread<BITS>([&](int k) { return words[k]; }, i, survivors);
+    if (lane == 0) share(survivors + 32 * blocks, 0);  // what is pruned behind the last survivor looks at the next code, too
     __syncwarp();
     const u32 start = survivors + range.x % 32 + before(__popc(mask));
 #pragma unroll

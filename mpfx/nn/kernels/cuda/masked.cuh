@@ -106,7 +106,8 @@ constexpr int START_BITS = 24;
 __device__ __forceinline__ u32 window_of(u32 at) { return at >> START_BITS << START_BITS; }
 
 // Eight channels of a row, a byte each: its survivors from an address in shared memory on, and `fill`, four bytes that are
-// the same, where there is none.
+// the same, where there is none. Of codes less than 128 the first byte has to be one, even if it is behind the last survivor:
+// what is pruned finds its sign.
 template <bool LARGE>  // whether codes can be 128 and more
 __device__ __forceinline__ uint2 placed(u32 window, u32 at, u32 select, u32 fill) {
     const u32 word = chosen(at, window, (1 << START_BITS) - 4), turn = 8 * at;

@@ -1,5 +1,6 @@
 """CUDA kernels against float64 products of the dense weight, on poisoned buffers."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from mpfx.nn import Layout, PackedWeight, pack
 from mpfx.nn.kernels import cuda, packed_linear, packed_linears, reference
 from mpfx.nn.kernels.cuda import nvrtc, tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
+from mpfx.nn.kernels.cuda.expand import Chunks
 from mpfx.nn.kernels.cuda.kept import cache_folder
 from mpfx.nn.kernels.cuda.tile import Part, Tile, unpacks_in_registers
 from tests.nn.test_packing import random_weight
@@ -130,6 +132,43 @@ def test_blocks_of_a_cluster_find_their_own_survivors(bits: int, cut: Cut) -> No
     expected = x.double() @ weight.dequantize().double().cuda().t()
     found = decode(x, [on_device(pack(weight))], None, [None], cut)[0]
     assert float((found.double() - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+DIRTY = """
+struct Args { int words; };
+extern "C" __global__ void dirty(const __grid_constant__ Args a) {
+    extern __shared__ int shared[];
+    for (int i = threadIdx.x; i < a.words; i += blockDim.x) ((volatile int*)shared)[i] = -1;
+}
+"""
+
+
+def leave_shared_memory_dirty() -> None:
+    """All ones, wherever the next kernel runs."""
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    size, count = properties.shared_memory_per_block_optin, 4 * properties.multi_processor_count
+    words = type("Words", (ctypes.Structure,), {"_fields_": [("words", ctypes.c_int)]})(size // 4)
+    nvrtc._load(DIRTY, "dirty", (), torch.cuda.current_device())(nvrtc.Launch((count, 1), 1024, size), words)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 7, 8, 16])
+def test_what_is_pruned_behind_the_last_survivor_is_zero(bits: int) -> None:
+    """The survivors of the second 32 rows end with the 32nd block of them, and the last channels are pruned."""
+    weight = random_weight(Layout(64, (bits,) * 2, 32), 64, coded=True, density=0.5)
+    kept = torch.ones(64, 2, 32, dtype=torch.bool)
+    kept[0, :, :24] = kept[63, :, 24:] = False  # 1000 and 1016 of a segment
+    codes = torch.randint(0, 2 ** min(bits, 14), (64, 64), dtype=torch.int32)
+    weight = replace(weight, codes=codes * kept.flatten(1), kept=kept.flatten(1))
+    dense, packed = weight.dequantize().double().cuda(), on_device(pack(weight))
+    x = torch.randn(64, 64, device="cuda")
+    expected, many = x.double() @ dense.t(), torch.empty(64, 64, device="cuda")
+    decode(x[:1], [packed], None, [None], Cut(1, 1, 2, 1))  # nothing has to be counted any more
+    leave_shared_memory_dirty()
+    few = decode(x[:1], [packed], None, [None], Cut(1, 1, 2, 1))[0]
+    leave_shared_memory_dirty()
+    Chunks(64).multiply(x, packed, None, None, many)
+    for found, wanted in ((few, expected[:1]), (many, expected)):
+        assert float((found.double() - wanted).norm()) <= 1e-3 * float(wanted.norm())
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
