@@ -119,8 +119,6 @@ __device__ __forceinline__ Ones ones_of(const float* sums, const float* more, co
     return ones;
 }
 
-__device__ __forceinline__ float whole_sum(int sum) { return __int_as_float(sum) - __int_as_float(MAGIC); }
-
 __device__ __forceinline__ void clear(Sums& d) {
 #pragma unroll
     for (int m = 0; m < 2; m++)

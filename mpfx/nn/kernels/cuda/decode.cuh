@@ -41,8 +41,10 @@ constexpr int TILES = (COLUMNS + 7) / 8;
 constexpr int SEGMENT_BYTES = COLUMNS * 32;  // of activations
 constexpr int TAIL = 64;  // bytes of a stage besides the codes: 8 words of zero points, 4 of scales
 
-// An integer in the mantissa of 3 * 2^22: as a float, it is that much too large.
+// An integer in the mantissa of 3 * 2^22: as a float, it is that much too large. So sums become floats that start from it, as
+// long as they are less than 2^22: those of 64 channels are half as much.
 constexpr int MAGIC = 0x4B400000;
+__device__ __forceinline__ float whole_sum(int sum) { return __int_as_float(sum) - __int_as_float(MAGIC); }
 
 // What is to stay in a register, as it is needed too often to be computed anew each time.
 template <typename T>

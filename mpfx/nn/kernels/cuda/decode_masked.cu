@@ -22,11 +22,10 @@ constexpr u32 GRID_BITS = 15 << GRID_SHIFT;  // its bits, unless it has no grid
 struct Planned {
     u32 first, words, other_first, other_words;  // of its segments: survivors, in 16 bytes from where those are aligned; where
                                                  // they are to be in a stage, and from bit 16 on, how many 16 bytes they take
-    u32 start, other_start;                      // of its segments: the first survivor: its byte in the block's window of
-                                                 // shared memory, or if of four bits, its place among such codes of a stage,
-                                                 // to which twice an address is added
+    u32 start, other_start;                      // of its segments: the first survivor: its byte in shared memory, or if of
+                                                 // four bits, its place among such codes of a stage
     u32 zeros, scales;                           // first word of its zero points, of its scales
-    u32 x, other_x;                              // of its segments: activations
+    u32 sums, other_sums;                        // of its segments: sums of activations; eight times that far are these
     u32 mask;                                    // first word of the mask
     u32 kind;                                    // bits, 0: there is no such unit; MORE, LAST_ONE, SINGLE; GRID_BITS; from bit
                                                  // 16 on, the grid
@@ -53,7 +52,6 @@ struct Reader : Lane {
     Part part;                       // of a row's mask
     u32 room, rows, table, x, sums;  // in shared memory: what a lane has of its warp's rows, what it reads of these and
                                      // of the table, of activations, of their sums
-    u32 window;                      // of addresses there
 
     using Lane::Lane;
 };
@@ -67,7 +65,7 @@ __device__ __forceinline__ Reader reader_of(const Site& a) {
     l.part = part_of(l.t);
     l.piece_limit = r << 16 | 0xFFFF, l.tail_limit = (r < 8 && ZEROS ? r : r >= 8 && r < 12 && CODED ? 0 : 15) << GRID_SHIFT;
     keep(l.mask), keep(l.bases), keep(l.pieces), keep(l.piece_limit), keep(l.tail_limit);
-    keep(l.part.lower), keep(l.part.octet), keep(l.tail);
+    keep(l.part.lower), keep(l.part.octet), keep(l.tail), keep(l.field.four);
     return l;
 }
 
@@ -75,7 +73,7 @@ __device__ __forceinline__ Reader reader_of(const Site& a) {
 __device__ __forceinline__ void reach(Reader& l, char* table, u32 own, const Room& room) {
     l.room = own + l.lane * 16, l.rows = own + l.g * 16;
     l.table = address(table) + l.lane * 4, l.x = address(room.x) + (TILES > 1 ? l.g : min(l.g, COLUMNS - 1)) * 32 + l.t * 8;
-    l.sums = address(room.sums) + l.t * 8, l.window = window_of(address(table));
+    l.sums = address(room.sums) + l.t * 8;
     keep(l.room), keep(l.rows), keep(l.table), keep(l.x), keep(l.sums);
 }
 
@@ -101,14 +99,14 @@ __device__ __forceinline__ Planned plan(const Site& a, const Unit& u, const Read
     Planned p = {};
     const bool single = u.segments == 1;
     const int second = u.segment + 1, part = (a.stage_bytes - TAIL) / SEGMENTS;
-    const u32 survivors = l.room - l.lane * 16 + 2 * ROWS_BYTES - l.window;
+    const u32 survivors = l.room - l.lane * 16 + 2 * ROWS_BYTES;
     const Stretch one = stretch_of(a, u, l.tile, u.segment), other = single ? Stretch{} : stretch_of(a, u, l.tile, second);
     p.first = one.first, p.words = (TAIL + one.skip) | one.pieces << 16;
     p.other_first = other.first, p.other_words = (TAIL + part + other.skip) | other.pieces << 16;
-    p.start = one.start + (u.bits == 4 ? 2 * (TAIL + one.skip - l.window) : survivors);
-    p.other_start = other.start + (u.bits == 4 ? 2 * (TAIL + part + other.skip - l.window) : survivors + SURVIVOR_BYTES);
+    p.start = one.start + (u.bits == 4 ? 2 * (TAIL + one.skip) : survivors);
+    p.other_start = other.start + (u.bits == 4 ? 2 * (TAIL + part + other.skip) : survivors + SURVIVOR_BYTES);
     p.zeros = u.zero + l.tile * u.bits, p.scales = u.grid * a.w.scale_words;
-    p.x = u.segment * SEGMENT_BYTES, p.other_x = (single ? SEGMENTS_IN_ALL : second) * SEGMENT_BYTES;
+    p.sums = u.segment * COLUMNS * 4, p.other_sums = (single ? SEGMENTS_IN_ALL : second) * COLUMNS * 4;
     p.mask = (u32)u.segment * (u32)a.w.rows;
     p.kind = u.bits | (one.more || other.more ? MORE : 0) | (u.segment + u.segments == SEGMENTS_IN_ALL ? LAST_ONE : 0) |
              (single ? SINGLE : 0) | (u.bits < 16 ? u.bits << GRID_SHIFT : 0) | (u32)u.grid << 16;
@@ -126,7 +124,7 @@ __device__ __forceinline__ Planned nothing() {
 __device__ __forceinline__ uint4 words_of(u32 planned) { return shared_four(planned); }
 __device__ __forceinline__ uint2 starts_of(u32 planned) { return shared_two(planned + 16); }
 __device__ __forceinline__ uint2 tail_of(u32 planned) { return shared_two(planned + 24); }
-__device__ __forceinline__ uint2 x_of(u32 planned) { return shared_two(planned + 32); }
+__device__ __forceinline__ uint2 sums_of(u32 planned) { return shared_two(planned + 32); }
 __device__ __forceinline__ uint2 mask_and_kind_of(u32 planned) { return shared_two(planned + 40); }
 __device__ __forceinline__ u32 kind_of(u32 planned) { return shared_word(planned + 44); }
 
@@ -218,48 +216,54 @@ __device__ __forceinline__ void spread_unit(u32 planned, u32 kind, u32 stage, co
     }
 }
 
-// For every row of a unit its scale, its masks, and where its survivors start; above the first one its zero point.
+// For every row of a unit its masks, and where its survivors start; and its scale, its zero point as four bytes and as a number.
 template <int BITS>
 __device__ __forceinline__ void share_rows(u32 kind, uint2 starts, u32 stage, float row_scale, const Loaded& loaded, const Reader& l) {
     u32 zero = 0;
     if constexpr (BITS < 16) {
         zero = zero_from<BITS>([&](int i) { return shared_word(stage + i * 4); }, l.lane, l.field);
         const u32 word = CODED ? shared_word(stage + 32 + l.lane / 8 * 4) : 0;
-        share(l.room + ROWS_BYTES, __float_as_uint(scale_from<BITS>(loaded.base, word, l.field) * row_scale));
+        const u32 scale = __float_as_uint(scale_from<BITS>(loaded.base, word, l.field) * row_scale);
+        share(l.room + ROWS_BYTES, make_uint4(scale, zero * 0x01010101, zero, 0));
     }
     const u32 more = BITS == 4 ? 2 * stage : 0;  // such codes stay where they are
     u32 mask = loaded.mask, other = loaded.other_mask;
     if (LAST != ~0u && (kind & LAST_ONE)) (kind & SINGLE ? mask : other) &= LAST;
     const u32 sum = before(__popc(mask) + (__popc(other) << 16));
     const u32 start = starts.x + more + (sum & 0xFFFF), other_start = starts.y + more + (sum >> 16);
-    share(l.room, make_uint4(mask, other, (zero << START_BITS) + start, other_start));
+    share(l.room, make_uint4(mask, other, start, other_start));
 }
 
-// Add the codes of two segments times their activations, which start at `x`. What the zero points of a lane's rows count is
+// Of a lane's rows.
+struct Steps {
+    float scales[4];
+    int zeros[4];
+};
+
+// Add the codes of two segments times their activations; where the sums of these start is given. What the zero points count is
 // taken off first: so sums are exact, and nothing is left of what is pruned.
-__device__ __forceinline__ void add_codes(const Codes (&c)[SEGMENTS], const int (&zeros)[4], uint2 x, const Reader& l, Results& result) {
+__device__ __forceinline__ void add_codes(const Codes (&c)[SEGMENTS], const Steps& steps, uint2 at, const Reader& l, Results& result) {
     Sums d;
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            auto sum_of = [&](u32 x) { return (int)shared_word(l.sums + x / 8 + n * 32 + i * 4); };
-            const int sum = sum_of(x.x) + sum_of(x.y);
+            auto sum_of = [&](u32 at) { return (int)shared_word(l.sums + at + n * 32 + i * 4); };
+            const int sum = sum_of(at.x) + sum_of(at.y);
 #pragma unroll
-            for (int j = 0; j < 4; j++) d[j / 2][n][j % 2 * 2 + i] = -zeros[j] * sum;
+            for (int j = 0; j < 4; j++) d[j / 2][n][j % 2 * 2 + i] = MAGIC - steps.zeros[j] * sum;
         }
     // Columns that there are not, too: nobody looks at what they add up to.
-    multiply_codes(d, c[0], [&](int n) { return shared_two(l.x + x.x + n * 256); });
-    multiply_codes(d, c[1], [&](int n) { return shared_two(l.x + x.y + n * 256); });
+    multiply_codes(d, c[0], [&](int n) { return shared_two(l.x + at.x * 8 + n * 256); });
+    multiply_codes(d, c[1], [&](int n) { return shared_two(l.x + at.y * 8 + n * 256); });
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const float scale = __uint_as_float(shared_word(l.rows + ROWS_BYTES + j * BETWEEN_ROWS * 16));
 #pragma unroll
         for (int n = 0; n < TILES; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float& sum = result[j / 2][n][j % 2 * 2 + i];
-                sum = fmaf(scale, (float)d[j / 2][n][j % 2 * 2 + i], sum);
+                sum = fmaf(steps.scales[j], whole_sum(d[j / 2][n][j % 2 * 2 + i]), sum);
             }
     }
 }
@@ -275,18 +279,20 @@ __device__ __forceinline__ void process(const Site& a, u32 planned, Loaded& load
     __syncwarp();
     const auto selectors_of = [&](u32 eight) { return shared_word(l.table + eight * 128); };
     Codes c[SEGMENTS];  // RAW: of one segment, low and high bytes
-    int zeros[4];
+    Steps steps;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const uint4 row = shared_four(l.rows + j * BETWEEN_ROWS * 16);
-        zeros[j] = RAW ? 0 : ZEROS ? row.z >> START_BITS : 1 << (BITS - 1);
-        const u32 fill = RAW ? 0 : ZEROS ? __byte_perm(row.z, 0, 0x3333) : zeros[j] * 0x01010101u;
-        place<BITS, AS_PACKED>(c, j, l.window, row.x, row.z, fill, l.part, selectors_of);
-        if (!RAW) place<BITS, AS_PACKED>(c + 1, j, l.window, row.y, row.w, fill, l.part, selectors_of);
+        const u32 own = l.rows + j * BETWEEN_ROWS * 16;
+        const uint4 row = shared_four(own), step = RAW ? uint4{} : shared_four(own + ROWS_BYTES);
+        steps.scales[j] = __uint_as_float(step.x);
+        steps.zeros[j] = ZEROS ? step.z : 1 << (BITS - 1);
+        const u32 fill = RAW ? 0 : ZEROS ? step.y : steps.zeros[j] * 0x01010101u;
+        place<BITS, AS_PACKED>(c, j, row.x, row.z, fill, l.part, selectors_of);
+        if (!RAW) place<BITS, AS_PACKED>(c + 1, j, row.y, row.w, fill, l.part, selectors_of);
     }
-    const uint2 x = x_of(planned);
-    if constexpr (RAW) add_raw(c[0], c[1], room.x + x.x, l, result);
-    else add_codes(c, zeros, x, l, result);
+    const uint2 sums = sums_of(planned);
+    if constexpr (RAW) add_raw(c[0], c[1], room.x + sums.x * 8, l, result);
+    else add_codes(c, steps, sums, l, result);
     __syncwarp();
 }
 

@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int 
     for (int j = 0; j < 4; j++) {
         const int r = lane / 4 * 4 + j;  // what is pruned gets the zero point, which counts nothing
         const u32 fill = BITS < 16 ? room.absent[r] : 0;
-        place<BITS, false>(c, j, window_of(survivors), __shfl_sync(~0u, mask, r), __shfl_sync(~0u, start, r), fill, part_of(lane % 4), selectors);
+        place<BITS, false>(c, j, __shfl_sync(~0u, mask, r), __shfl_sync(~0u, start, r), fill, part_of(lane % 4), selectors);
     }
 #else
     const int column = tile * 32 + lane / 4 * 4, left = a.w.rows - column;

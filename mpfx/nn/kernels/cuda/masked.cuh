@@ -99,18 +99,12 @@ __device__ __forceinline__ u32 chosen(u32 first, u32 second, u32 mask) {
     return v;
 }
 
-// Bits that say where a row's survivors start; what is above is of no account. In an address in shared memory, it says which
-// block of a cluster that memory is of: so before anything is read, `window_of` an address of this block has to be there.
-constexpr int START_BITS = 24;
-
-__device__ __forceinline__ u32 window_of(u32 at) { return at >> START_BITS << START_BITS; }
-
 // Eight channels of a row, a byte each: its survivors from an address in shared memory on, and `fill`, four bytes that are
 // the same, where there is none. Of codes less than 128 the first byte has to be one, even if it is behind the last survivor:
 // what is pruned finds its sign.
 template <bool LARGE>  // whether codes can be 128 and more
-__device__ __forceinline__ uint2 placed(u32 window, u32 at, u32 select, u32 fill) {
-    const u32 word = chosen(at, window, (1 << START_BITS) - 4), turn = 8 * at;
+__device__ __forceinline__ uint2 placed(u32 at, u32 select, u32 fill) {
+    const u32 word = at & ~3u, turn = 8 * at;
     const u32 first = shared_word(word), middle = shared_word(word + 4), last = shared_word(word + 8);
     const u32 low = __funnelshift_r(first, middle, turn), high = __funnelshift_r(middle, last, turn);
     auto half = [&](u32 select) {
@@ -123,8 +117,8 @@ __device__ __forceinline__ uint2 placed(u32 window, u32 at, u32 select, u32 fill
 
 // The same of codes of four bits as they are packed: `at` counts codes of shared memory. Of eight codes in a row from there
 // on, one is in each place of a word: in that of the first word, or if that place is before the first code, of the next one.
-__device__ __forceinline__ uint2 placed_of_four_bits(u32 window, u32 at, u32 select, u32 fill) {
-    const u32 word = chosen(at >> 1, window, (1 << START_BITS - 1) - 4), four = 0x0F0F0F0F;
+__device__ __forceinline__ uint2 placed_of_four_bits(u32 at, u32 select, u32 fill) {
+    const u32 word = at >> 1 & ~3u, four = 0x0F0F0F0F;
     u32 place = at & 7;
     asm("" : "+r"(place));  // else eight times that is found anew
     const u32 from_first = (0xFFFFFFFFF0F0F0F0ull << (8 * place)) >> 32;
@@ -142,14 +136,14 @@ struct Part {
 __device__ __forceinline__ Part part_of(int t) { return Part{(1u << (8 * t)) - 1, 0x4440u + t}; }
 
 // The j-th of four rows of a lane, its part of the channels; of float16 values low bytes and, next, high ones; `fill` where
-// pruned. Given are the window, the mask of the row, where its survivors start, and the selectors of any eight bits.
+// pruned. Given are the mask of the row, where its survivors start, and the selectors of any eight bits.
 template <int BITS, bool AS_PACKED, typename Of>
-__device__ __forceinline__ void place(Codes* c, int j, u32 window, u32 mask, u32 start, u32 fill, const Part& part, const Of& selectors_of) {
+__device__ __forceinline__ void place(Codes* c, int j, u32 mask, u32 start, u32 fill, const Part& part, const Of& selectors_of) {
     const u32 at = start + __popc(mask & part.lower), select = selectors_of(picked(mask, 0, part.octet));
 #pragma unroll
     for (int byte = 0; byte < (BITS == 16 ? 2 : 1); byte++) {
         const u32 own = at + byte * SURVIVOR_BYTES;
-        const uint2 v = AS_PACKED ? placed_of_four_bits(window, own, select, fill) : placed<(BITS >= 8)>(window, own, select, fill);
+        const uint2 v = AS_PACKED ? placed_of_four_bits(own, select, fill) : placed<(BITS >= 8)>(own, select, fill);
         c[byte].chunk[0][j] = v.x, c[byte].chunk[1][j] = v.y;
     }
 }
