@@ -13,17 +13,22 @@
 //
 // Warp w of a group has the 32 rows 32w ... of a tile, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels
 // 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the
-// weight in an order of their own, and so have the channels: of which `arrange` knows. The next segment is unpacked while one is
-// multiplied; measured, that hides what the other group multiplies, but not what the warp's own group does: a step takes as long
-// as half its products and unpacking together. Smaller pieces, larger ones, and ways without branches gain nothing at 512 rows
-// of activations.
+// weight in an order of their own, and so have the channels: of which `arrange` knows. A warp goes on when its own group's products
+// have read their operands, so it is the other group's that hide how it unpacks. At 512 rows of activations time goes by
+// - with instructions that have to be fetched: both segments of a step are unpacked at once, widths that no weight has are not
+//   compiled, those that are frequent are asked for first, and sums of shares are written in few instructions. (All of it spelled
+//   out, 18 KB more, adding up took 5 to 10 us longer, of 80.)
+// - with shared memory, which is busy for some 920 of the 1024 cycles that the products of a step take.
+// Of no use there: operands of the weight in shared memory, written by these or by other warps; a ring of its own for words;
+// activations that are sent to two blocks at once; groups that take turns.
 //
-// Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cu; TOKENS,
+// Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cuh; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
 // WORD_ROWS of a stage.
 
 constexpr int STEP = 64;  // channels: two segments
 constexpr int X_BYTES = TOKENS * 128;
+constexpr int MOST_BITS = WORD_ROWS / 2;  // of a segment: what no weight has is not compiled, as what is read of code counts as well
 constexpr int ROW_BYTES = 544;  // of 128 words, and some more: eight rows of four word rows are in 32 banks
 constexpr int TAIL_WORDS = 2 * (32 + 16);  // of every segment: zero points of 128 rows, scales
 constexpr int TAIL_AT = X_BYTES + WORD_ROWS * ROW_BYTES, GRIDS_AT = TAIL_AT + TAIL_WORDS * 4;
@@ -62,12 +67,30 @@ struct Args {
 
 // ---------------------------------------------------------------------------------------------------- activations
 
+// What another kernel may have written while this one was already running, but before it waited.
+__device__ __forceinline__ u32 load_one(const u16* from) {
+    u16 v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ u32 load_one(const u32* from) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ uint4 load_four(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
 // Where two adjacent channels, the first one even, are in the input.
 __device__ __forceinline__ uint2 places_of(const Args& a, int channel) {
     if (ORDER == 0) return make_uint2(channel, channel + 1);
-    if (ORDER == 4) return make_uint2(__ldg((const u32*)a.order + channel), __ldg((const u32*)a.order + min(channel + 1, a.channels - 1)));
-    if (channel + 1 == a.channels) return make_uint2(__ldg((const u16*)a.order + channel), 0);
-    const u32 both = __ldg((const u32*)((const u16*)a.order + channel));
+    const int second = min(channel + 1, a.channels - 1);
+    if (ORDER == 4) return make_uint2(load_one((const u32*)a.order + channel), load_one((const u32*)a.order + second));
+    if (channel == second) return make_uint2(load_one((const u16*)a.order + channel), 0);
+    const u32 both = load_one((const u32*)((const u16*)a.order + channel));
     return make_uint2(both & 0xFFFF, both >> 16);
 }
 
@@ -80,38 +103,54 @@ __device__ __forceinline__ void find_places(const Args& a, int i, uint2 (&places
         if (channel_of(i, t) < a.channels) places[t] = places_of(a, channel_of(i, t));
 }
 
-// A block has one row of activations.
+// Numbers of two rows of activations, side by side.
+__device__ __forceinline__ void put_side_by_side(uint4* to, const uint4& one, const uint4& other) {
+    to[0] = make_uint4(__byte_perm(one.x, other.x, 0x5410), __byte_perm(one.x, other.x, 0x7632), __byte_perm(one.y, other.y, 0x5410),
+                       __byte_perm(one.y, other.y, 0x7632));
+    to[1] = make_uint4(__byte_perm(one.z, other.z, 0x5410), __byte_perm(one.z, other.z, 0x7632), __byte_perm(one.w, other.w, 0x5410),
+                       __byte_perm(one.w, other.w, 0x7632));
+}
+
+// A block has two rows of activations: what is not there is zero.
 extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_constant__ Args a) {
     extern __shared__ __align__(128) char shared[];
+    wait_for_last();  // before the next one may start, which reads weights at once: whoever has written them is done
     let_next_start();
-    Number* given = (Number*)shared;
-    const int token = blockIdx.x, row = token % TOKENS;
-    const Number* from = (const Number*)a.x + (size_t)token * a.channels;
-    const bool real = token < a.tokens;
-    if (token == 0)
-        for (int i = threadIdx.x; i < a.slots; i += ARRANGERS) a.arrived[i] = 0;
+    u32* given = (u32*)shared;  // of every channel, both rows
+    const int token = 2 * blockIdx.x, row = token % TOKENS;
     uint2 places[4];
     find_places(a, threadIdx.x, places);  // while activations are on their way
-    if (real && a.channels % 8 == 0) {
+    const Number* rows[2];
+    u32 there[2];  // all bits, or none
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        rows[r] = (const Number*)a.x + (size_t)min(token + r, a.tokens - 1) * a.channels;
+        there[r] = token + r < a.tokens ? ~0u : 0;
+    }
+    if (token == 0)
+        for (int i = threadIdx.x; i < a.slots; i += ARRANGERS) a.arrived[i] = 0;
+    if (a.channels % 8 == 0) {
 #pragma unroll 4
-        for (int i = threadIdx.x; i < a.channels / 8; i += ARRANGERS) ((uint4*)given)[i] = __ldg((const uint4*)from + i);
-    } else if (real)
-        for (int i = threadIdx.x; i < a.channels; i += ARRANGERS) given[i] = from[i];
+        for (int i = threadIdx.x; i < a.channels / 8; i += ARRANGERS)
+            put_side_by_side((uint4*)given + 2 * i, load_four(rows[0] + 8 * i), load_four(rows[1] + 8 * i));
+    } else
+        for (int i = threadIdx.x; i < a.channels; i += ARRANGERS)
+            given[i] = load_one(rows[0] + i) | load_one(rows[1] + i) << 16;
     __syncthreads();
     const int steps = a.steps;
     char* to = (char*)a.arranged + (size_t)(token / TOKENS) * steps * X_BYTES + row * 128;
     for (int i = threadIdx.x; i < steps * 8; i += ARRANGERS) {
-        u32 pair[4];
+        u32 pair[2][4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
             const int c = channel_of(i, t);
-            pair[t] = 0;
-            if (real && c < a.channels) {
-                pair[t] = given[places[t].x];
-                if (c + 1 < a.channels) pair[t] |= given[places[t].y] << 16;
-            }
+            const u32 one = c < a.channels ? given[places[t].x] : 0, other = c + 1 < a.channels ? given[places[t].y] : 0;
+            pair[0][t] = __byte_perm(one, other, 0x5410) & there[0], pair[1][t] = __byte_perm(one, other, 0x7632) & there[1];
         }
-        *(uint4*)(to + (size_t)(i / 8) * X_BYTES + ((i % 8 ^ row % 8) << 4)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            *(uint4*)(to + (size_t)(i / 8) * X_BYTES + r * 128 + ((i % 8 ^ (row + r) % 8) << 4)) =
+                make_uint4(pair[r][0], pair[r][1], pair[r][2], pair[r][3]);
         find_places(a, i + ARRANGERS, places);
     }
 }
@@ -221,16 +260,18 @@ typedef u32 Operand[2][4];  // the left one: a segment, 16 channels each
 // and by how much to turn a word so that codes of its first channels come first.
 struct Lane {
     int t;
-    int row;  // the first one, of the 128 of the block
+    int row;   // the first one, of the 128 of the block
+    int grid;  // where those of its rows are, as find_grids writes them
     int ones, twos, fours, eights;
     int one_turn, two_turn;
 
     __device__ explicit Lane(int thread) {
         t = thread % 4, row = thread / 32 % 4 * 32 + thread / 128 * 16 + thread % 32 / 4 * 2;
+        grid = thread / 4 % 2 * 32 + row / 4;
         ones = row * 4, twos = ones + t / 2 * ROW_BYTES, fours = ones + t * ROW_BYTES, eights = ones + 2 * t * ROW_BYTES;
         one_turn = -2 * t, two_turn = -4 * (t % 2);
         // They stay in registers: whoever compiles would rather find them out anew for every segment.
-        asm volatile("" : "+r"(row), "+r"(ones), "+r"(twos), "+r"(fours), "+r"(eights), "+r"(one_turn), "+r"(two_turn));
+        asm volatile("" : "+r"(row), "+r"(grid), "+r"(ones), "+r"(twos), "+r"(fours), "+r"(eights), "+r"(one_turn), "+r"(two_turn));
     }
 };
 
@@ -267,7 +308,7 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int lane, 
     const u32* words = tail + lane / 8 * bits;
     const int four = lane % 8;  // of the eight fours of rows that have these words
     u32 zeros = 0x01010101u << (bits - 1);
-    if (ZEROS && bits == 8) zeros = words[four];
+    if (ZEROS && MOST_BITS >= 8 && bits == 8) zeros = words[four];
     else if (ZEROS) {
         zeros = bits & 4 ? words[four / 2] >> 4 * (four % 2) & 0x0F0F0F0F : 0;
         if (bits & 2) zeros |= (words[(bits & 4) + four / 4] >> 2 * (four % 4) & 0x03030303) << (bits & 4);
@@ -281,65 +322,96 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int lane, 
         float power;
         asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fmaf(-0.25f, code, 0.25f * 8388608.0f)));
         const float step = scale * scales[j] * power;
-        if (DTYPE == 0 && bits == 8) found[j] = make_uint2(__byte_perm(zeros, 0x4B000000, 0x7440 + j), __float_as_uint(step));
+        if (DTYPE == 0 && MOST_BITS >= 8 && bits == 8) found[j] = make_uint2(__byte_perm(zeros, 0x4B000000, 0x7440 + j), __float_as_uint(step));
         else found[j] = make_uint2(__byte_perm(zeros, MAGIC, 0x5050 + 0x101 * j), two_numbers(step, step));
     }
-    to[0] = make_uint4(found[0].x, found[0].y, found[1].x, found[1].y);
-    to[1] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
+    to[lane] = make_uint4(found[0].x, found[0].y, found[1].x, found[1].y);
+    to[32 + lane] = make_uint4(found[2].x, found[2].y, found[3].x, found[3].y);
 }
 
-// Unpack a segment: two rows, the eight channels of this lane; operands of its two halves.
+// Eight codes, or low or high bytes: of two rows, the channels of this lane.
+struct Bytes {
+    u32 chunk[2][2];  // [channels 8t+4i ...][row]
+};
+
 template <int BITS>
-__device__ __forceinline__ void unpack(const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
+__device__ __forceinline__ Bytes bytes_at(const char* words, const Lane& l) {
     auto two = [&](int place, int row) { return *(const uint2*)(words + place + row * ROW_BYTES); };
-    const uint4 both = *(const uint4*)grids;
-    const u32 zeros[2] = {both.x, both.z}, steps[2] = {both.y, both.w};
-    u32 c[2][2] = {};  // [channels 8t+4i ...][row]
-    u32 highs[2][2] = {};
-    if constexpr (BITS >= 8) {
+    Bytes c = {};
+    if constexpr (BITS == 8) {
         const uint2 first = two(l.eights, 0), second = two(l.eights, 1);
-        c[0][0] = first.x, c[0][1] = first.y, c[1][0] = second.x, c[1][1] = second.y;
+        return Bytes{{{first.x, first.y}, {second.x, second.y}}};
     }
-    if constexpr (BITS == 16) {
-        const uint2 first = two(l.eights, 8), second = two(l.eights, 9);
-        highs[0][0] = first.x, highs[0][1] = first.y, highs[1][0] = second.x, highs[1][1] = second.y;
-    }
-    if constexpr (BITS & 4) add_plane<4>(c, two(l.fours, 0), 0, 0);
-    if constexpr (BITS & 2) add_plane<2>(c, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
-    if constexpr (BITS & 1) add_plane<1>(c, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32& both = to[i][2 * h + j];
-                if constexpr (IN_HALVES<BITS>) {
-                    both = dequantized(__byte_perm(c[i][j], MAGIC >> 8, h ? 0x4342 : 0x4140), zeros[j], steps[j]);
-                    continue;
-                }
-                float v[2];
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int k = 2 * h + e;
-                    if constexpr (BITS == 16) v[e] = half_to_float((u16)__byte_perm(c[i][j], highs[i][j], k + (k + 4) * 16));
-                    else v[e] = (__uint_as_float(__byte_perm(c[i][j], 0x4B000000, 0x7440 + k)) - __uint_as_float(zeros[j])) * __uint_as_float(steps[j]);
-                }
-                both = two_numbers(v[0], v[1]);
-            }
+    if constexpr (BITS & 4) add_plane<4>(c.chunk, two(l.fours, 0), 0, 0);
+    if constexpr (BITS & 2) add_plane<2>(c.chunk, two(l.twos, BITS & 4), l.two_turn, BITS & 4);
+    if constexpr (BITS & 1) add_plane<1>(c.chunk, two(l.ones, BITS & 6), l.one_turn, BITS & 6);
+    return c;
 }
 
-#define WIDTH(BITS) \
-    case BITS: \
-        unpack<BITS>(words, grids, l, to); \
-        break;
-
-__device__ __forceinline__ void unpack_segment(int bits, const char* words, const uint2* grids, const Lane& l, u32 (*to)[4]) {
-    switch (bits) {
-        CODE_WIDTHS(WIDTH)
-        default:
+// Two channels of a row, by its grid; `high` bytes are of 16 bits only.
+template <int BITS>
+__device__ __forceinline__ u32 two_channels(u32 four, u32 high, int half, u32 zero, u32 step) {
+    if constexpr (IN_HALVES<BITS>) return dequantized(__byte_perm(four, MAGIC >> 8, half ? 0x4342 : 0x4140), zero, step);
+    float v[2];
 #pragma unroll
-            for (int i = 0; i < 8; i++) to[i / 4][i % 4] = 0;
+    for (int e = 0; e < 2; e++) {
+        const int k = 2 * half + e;
+        if constexpr (BITS == 16) v[e] = half_to_float((u16)__byte_perm(four, high, k + (k + 4) * 16));
+        else v[e] = (__uint_as_float(__byte_perm(four, 0x4B000000, 0x7440 + k)) - __uint_as_float(zero)) * __uint_as_float(step);
+    }
+    return two_numbers(v[0], v[1]);
+}
+
+// Unpack one segment, or two of one grid: two rows, the eight channels of this lane.
+template <int BITS, int SEGMENTS>
+__device__ __forceinline__ void unpack(const char* words, const uint4* grids, const Lane& l, Operand (&to)[SEGMENTS]) {
+    const uint4 both = grids[l.grid];
+    Bytes c[SEGMENTS], highs[SEGMENTS] = {};
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+        c[s] = bytes_at<BITS == 16 ? 8 : BITS>(words + s * BITS * ROW_BYTES, l);
+        if constexpr (BITS == 16) highs[s] = bytes_at<8>(words + (s * BITS + 8) * ROW_BYTES, l);
+    }
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                to[s][i / 2][i % 2 * 2 + j] =
+                    two_channels<BITS>(c[s].chunk[i / 2][j], highs[s].chunk[i / 2][j], i % 2, j ? both.z : both.x, j ? both.w : both.y);
+}
+
+template <int SEGMENTS>
+__device__ __forceinline__ void unpack_segments(int bits, const char* words, const uint4* grids, const Lane& l, Operand (&to)[SEGMENTS]) {
+#define WIDTH(BITS) \
+    if constexpr (BITS <= MOST_BITS) \
+        if (bits == BITS) return unpack<BITS, SEGMENTS>(words, grids, l, to);
+    WIDTH(4) WIDTH(5) WIDTH(3) WIDTH(6) WIDTH(2) WIDTH(8) WIDTH(1) WIDTH(7) WIDTH(16)  // those first that are frequent
+#undef WIDTH
+#pragma unroll
+    for (int i = 0; i < 8 * SEGMENTS; i++) to[i / 8][i / 4 % 2][i % 4] = 0;
+}
+
+// Whether two segments have the same grids.
+__device__ __forceinline__ bool alike(const int4& one, const int4& other) { return one.x == other.x && one.z == other.z; }
+
+// Unpack a step: both segments at once, if they have one grid.
+__device__ __forceinline__ void unpack_step(const int4& even, const int4& odd, const char* words, const uint4* grids, const Lane& l,
+                                            Operand (&to)[2]) {
+    if (alike(even, odd)) {
+        unpack_segments<2>(even.x, words, grids, l, to);
+        return;
+    }
+#pragma unroll 1
+    for (int s = 0; s < 2; s++) {
+        Operand one[1];
+        unpack_segments<1>(s ? odd.x : even.x, words + (s ? even.x * ROW_BYTES : 0), grids + s * 64, l, one);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (s == 0) to[0][i / 4][i % 4] = one[0][i / 4][i % 4];
+            to[1][i / 4][i % 4] = one[0][i / 4][i % 4];
+        }
     }
 }
 
@@ -380,9 +452,6 @@ struct Room {
 
 // ---------------------------------------------------------------------------------------------------- roles
 
-// Whether two segments have the same grids.
-__device__ __forceinline__ bool alike(const int4& one, const int4& other) { return one.x == other.x && one.z == other.z; }
-
 // Copy the words of a step, whose segments follow each other in memory as well.
 __device__ __forceinline__ void fetch_words(const Args& a, const int4& even, const int4& odd, int tile, u32 to, int lane) {
     const int row = tile * 128 + lane * 4, count = row < a.w.rows ? even.x + odd.x : 0;
@@ -417,7 +486,7 @@ __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int f
             if (count % COPIERS != first) continue;
             const u32 full = room.full + turn.stage * 8, to = address(room.ring + turn.stage * STAGE_BYTES), tail = to + TAIL_AT;
             if (count >= STAGES) wait(room.empty + turn.stage * 8, turn.parity ^ 1);
-            const int4 even = room.units[2 * (share.first + k)], odd = room.units[2 * (share.first + k) + 1];
+            const int4 even = __ldg(a.units + 2 * (share.first + k)), odd = __ldg(a.units + 2 * (share.first + k) + 1);
             fetch_words(a, even, odd, share.tile, to + X_BYTES, lane);
             fetch_tail(a, even, share.tile, tail, lane);
             if (!alike(even, odd)) fetch_tail(a, odd, share.tile, tail + 48 * 4, lane);
@@ -453,22 +522,31 @@ __device__ __forceinline__ void prepare_all(const Args& a, const Room& room, int
             const int segment = 2 * (share.first + k);
             const int4 even = room.units[segment], odd = room.units[segment + 1];
             const u32* tail = (const u32*)(stage + TAIL_AT);
-            uint4* to = (uint4*)(stage + GRIDS_AT) + 2 * lane;
+            uint4* to = (uint4*)(stage + GRIDS_AT);
             find_grids(even.x, tail, lane, room.scales[segment], scales, to);
-            if (alike(even, odd)) to[64] = to[0], to[65] = to[1];
-            else find_grids(odd.x, tail + 48, lane, room.scales[segment + 1], scales, to + 64);
+            if (!alike(even, odd)) find_grids(odd.x, tail + 48, lane, room.scales[segment + 1], scales, to + 64);
             arrive(room.ready + turn.stage * 8);
         }
     }
 }
 
-// Multiply half a step: two operands of 16 channels, of which a row of activations has 32 bytes.
-__device__ __forceinline__ void multiply_segment(u32 x, Operand& a, float (&d)[TOKENS / 2]) {
+// Multiply a step: four operands of 16 channels, of which a row of activations has 32 bytes.
+__device__ __forceinline__ void multiply_step(u32 x, Operand (&a)[2], float (&d)[TOKENS / 2]) {
     before_products();
-    multiply(d, a[0], x);
-    multiply(d, a[1], x + 2);
+#pragma unroll
+    for (int i = 0; i < 4; i++) multiply(d, a[i / 2][i % 2], x + 2 * i);
     after_products();
-    wait_for_all_but<1>();
+}
+
+// Products read their operands until they are waited for; whoever assigns registers does not know, and would have the next step
+// unpacked in the same ones, were they not still written somewhere here: `never`.
+__device__ __forceinline__ void have_been_read(const Operand (&a)[2], int never, u32 somewhere) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32(&four)[4] = a[i / 2][i % 2];
+        asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.shared.v4.u32 [%1], {%2, %3, %4, %5};\n}" ::"r"(never),
+                     "r"(somewhere + 16 * i), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3]));
+    }
 }
 
 // Results are in their registers here: whoever reorders instructions knows nothing of products that are under way.
@@ -477,32 +555,36 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
     for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The warps that multiply: one segment of a step is unpacked while the other one is multiplied. `last`: the stage of the step
-// before, -1: there was none. It may be written again when the next step is ready, also beyond the end of a share: then all who
-// prepare have seen that it was full.
+// The warps that multiply: a step is unpacked while the other group multiplies. `last`: the stage of the step before, -1: there was
+// none. It may be written again when the next step is ready, also beyond the end of a share: then all who prepare have seen that
+// it was full.
 __device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, int& last,
                                                float (&d)[TOKENS / 2]) {
-    Operand even, odd;
+    const int never = share.steps >> 31;  // 0, which nobody knows
     int speaks = threadIdx.x % 32 == 0;
     u32 ring = address(room.ring), ready = room.ready, empty = room.empty;
     asm volatile("" : "+r"(speaks), "+r"(ring), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
-    const int* units = (const int*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 8 * share.first;
+    const int4* units = (const int4*)__cvta_shared_to_generic(ring + STAGES * STAGE_BYTES) + 2 * share.first;
     settle(d);
-#pragma unroll 1
-    for (int k = 0; k < share.steps; k++) {
-        const int first = units[8 * k], second = units[8 * k + 4];
+    int4 even = units[0], odd = units[1];
+    auto step = [&](int k, Operand (&weights)[2], Operand (&before)[2]) {
         const char* at = (const char*)__cvta_shared_to_generic(ring + turn.stage * STAGE_BYTES);
-        const char* words = at + X_BYTES;
-        const uint2* grids = (const uint2*)(at + GRIDS_AT) + l.row;
-        const u32 x = tile_at(ring + turn.stage * STAGE_BYTES);
         wait(ready + turn.stage * 8, turn.parity);  // who said so has waited for all that was copied
-        unpack_segment(first, words, grids, l, even);
-        multiply_segment(x, even, d);
+        unpack_step(even, odd, at + X_BYTES, (const uint4*)(at + GRIDS_AT), l, weights);
+        const int next = 2 * min(k + 1, share.steps - 1);
+        even = units[next], odd = units[next + 1];
+        multiply_step(tile_at(ring + turn.stage * STAGE_BYTES), weights, d);
+        wait_for_all_but<1>();
+        have_been_read(before, never, ring);
         if (speaks && last >= 0) arrive(empty + last * 8);
-        unpack_segment(second, words + first * ROW_BYTES, grids + 128, l, odd);
-        multiply_segment(x + 4, odd, d);
         last = turn.stage;
         turn.next();
+    };
+    Operand one[2] = {}, other[2] = {};
+#pragma unroll 1
+    for (int k = 0; k < share.steps; k += 2) {
+        step(k, one, other);
+        if (k + 1 < share.steps) step(k + 1, other, one);
     }
     wait_for_all_but<0>();
     settle(d);
@@ -517,29 +599,34 @@ __device__ __forceinline__ u32 arrive_after(u32* arrived) {
     return before;
 }
 
-// Leave what was found of a tile for whoever comes last; that is who adds up all of it, always in the same order.
+// Leave what was found of a tile for whoever comes last; that is who adds up all of it, always in the same order. The first two
+// may change places, so who is one of them starts with what it has found itself.
 __device__ __forceinline__ bool add_up(const Args& a, const Share& share, u32& before, float (&d)[TOKENS / 2]) {
-    constexpr int TOGETHER = PIECES < 8 ? PIECES : PIECES % 8 ? PIECES / 2 : 8;
+    constexpr int TOGETHER = PIECES % 16 == 0 ? 16 : PIECES % 2 ? 1 : 2;
     float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
+    float4* own = found + share.split * PIECES * MULTIPLIERS;
 #pragma unroll
-    for (int i = 0; i < PIECES; i++)
-        __stcg(found + (share.split * PIECES + i) * MULTIPLIERS, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    for (int i = 0; i < PIECES; i++) own[i * MULTIPLIERS] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
     multipliers_barrier();
     if (threadIdx.x == 0) before = arrive_after(a.arrived + share.slot);
     multipliers_barrier();
     if (before != share.splits - 1) return false;
+    const bool starts = share.split < 2;
 #pragma unroll
-    for (int i = 0; i < PIECES; i += TOGETHER) {
-        float4 sum[TOGETHER] = {};  // of the shares before this one
+    for (int i = 0; i < TOKENS / 2; i++) d[i] = starts ? d[i] : 0.0f;
 #pragma unroll 1
-        for (int r = 0; r < share.splits; r++) {
-            const bool own = r == share.split, late = r >= share.split;
+    for (int r = 0; r < share.splits; r++) {
+        if (starts && r == share.split) continue;
+        const float4* from = found + r * PIECES * MULTIPLIERS;
+#pragma unroll
+        for (int i = 0; i < PIECES; i += TOGETHER) {
+            float4 more[TOGETHER];
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j++) more[j] = from[(i + j) * MULTIPLIERS];
 #pragma unroll
             for (int j = 0; j < TOGETHER; j++) {
                 float* to = d + 4 * (i + j);
-                const float4 more = own ? sum[j] : __ldcg(found + (r * PIECES + i + j) * MULTIPLIERS);
-                if (late) to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
-                else sum[j].x += more.x, sum[j].y += more.y, sum[j].z += more.z, sum[j].w += more.w;
+                to[0] += more[j].x, to[1] += more[j].y, to[2] += more[j].z, to[3] += more[j].w;
             }
         }
     }
@@ -561,6 +648,18 @@ __device__ __forceinline__ void store(const Args& a, const Share& share, const L
                 *(u32*)(to + e * a.w.rows) = two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1]);
 }
 
+// The warps that multiply load what all steps need; those that find out grids wait for it, too.
+__device__ __forceinline__ void wait_for_units() { asm volatile("bar.sync 2, %0;" ::"n"(MULTIPLIERS + 32 * PREPARERS) : "memory"); }
+
+__device__ __forceinline__ void load_units(const Args& a, const Room& room) {
+    for (int i = threadIdx.x; i < 2 * a.steps; i += MULTIPLIERS) {
+        const int4 unit = __ldg(a.units + i);
+        room.units[i] = unit;
+        room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
+    }
+    wait_for_units();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
@@ -570,11 +669,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
     room.scales = (float*)(room.units + 2 * a.steps);
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) {
-        const int4 unit = __ldg(a.units + i);
-        room.units[i] = unit;
-        room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
-    }
     if (threadIdx.x < STAGES) {
         init(room.full + threadIdx.x * 8, 33);
         init(room.ready + threadIdx.x * 8, 32);
@@ -586,9 +680,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
         if (warp < COPIERS) fetch_all(a, room, warp, lane);
-        else prepare_all(a, room, warp - COPIERS, lane);
+        else {
+            wait_for_units();
+            prepare_all(a, room, warp - COPIERS, lane);
+        }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        load_units(a, room);
         const Lane l(threadIdx.x);
         Turn turn;
         int last = -1;

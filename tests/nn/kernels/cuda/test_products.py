@@ -317,6 +317,36 @@ def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tupl
 
 
 @pytest.mark.usefixtures("hopper")
+def test_tiles_wait_for_whoever_writes_what_they_read() -> None:
+    """Kernels that start early: weights, order and activations may have been written by the kernel before."""
+    weight = random_weight(LAYOUTS[-1], 1024, coded=True)
+    packed, new = (on_device(pack(weight.rows(rows))) for rows in (slice(512), slice(512, 1024)))
+    order, later = (torch.arange(4096).to(torch.uint16).cuda(), torch.randperm(4096).to(torch.uint16).cuda())
+    x, given = torch.empty(2, 300, 4096, dtype=torch.bfloat16, device="cuda").normal_()
+    cut = Tile(256, (Part(4, 2),))
+
+    def product(weight: PackedWeight, order: Tensor, x: Tensor) -> Tensor:
+        out = torch.empty(300, 512, dtype=torch.bfloat16, device="cuda")
+        cut.multiply(x, weight, order, None, out)
+        return out
+
+    expected = product(new, later, given)
+    held, wanted = ([part for part in of.parts.values() if part is not None] for of in (packed, new))
+    held, wanted = [*held, order, x], [*wanted, later, given]
+    before = [torch.zeros_like(part) for part in held]
+
+    def run(_: Tensor) -> Tensor:
+        for part, old in zip(held, before, strict=True):
+            part.copy_(old)
+        torch.cuda._sleep(1 << 18)
+        for part, new in zip(held, wanted, strict=True):
+            part.copy_(new)
+        return product(packed, order, x)
+
+    check_replays(run, x, expected)
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("tokens", [256, 176])
 def test_tiles_wait_for_a_step_that_comes_late(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings of five stages and of six; all that is copied ahead, but for the first step, is there before that."""
