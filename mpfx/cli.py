@@ -161,6 +161,12 @@ def _evaluate_parser() -> _Parser:
     built.add_class_arguments(TrainerConfig, "trainer")
     built.add_argument("--progress", type=bool, default=True, help="Show a progress bar.")
     built.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with the model.")
+    built.add_argument(
+        "--fill_masks",
+        "--fill-masks",
+        action="store_true",
+        help="Run weights under a bitmask as dense codes: more memory, less time.",
+    )
     built.add_argument("--json", action="store_true", help="Print JSON.")
     return built
 
@@ -175,6 +181,7 @@ def _evaluate(options: Namespace) -> int:
         options.trainer,
         progress=options.progress and not options.json,
         trust_remote_code=options.trust_remote_code,
+        filled=options.fill_masks,
     )
     if not _first():
         return 0
