@@ -415,7 +415,9 @@ def _linear_parser() -> _Parser:
     _add_device(built)
     built.add_argument("--rows", type=int, nargs="+", help="Of activations. Default: 1 8 512, on a GPU also 4096.")
     built.add_argument("--bits", type=float, nargs="+", default=[4.25], help="Stored bits per weight, widths mixed.")
-    built.add_argument("--sparsity", type=float, help="Also 4-bit codes, without and with a bitmask of this sparsity.")
+    built.add_argument(
+        "--sparsity", type=float, help="Also 4-bit codes, without and with a bitmask of this sparsity, and that filled."
+    )
     built.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN", help="Of the weights.")
     return built
 
