@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpfx.classic import QuantizationStats, Quantizer, SparseGPT
 from mpfx.graph import blocks, input_groups, producers, sites, trace
+from mpfx.nn import fill_masks
 from mpfx.passes import Pass, PassResult, run_passes
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __all__ = [
     "Quantizer",
     "SparseGPT",
     "blocks",
+    "fill_masks",
     "input_groups",
     "load",
     "producers",

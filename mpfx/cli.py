@@ -161,6 +161,12 @@ def _evaluate_parser() -> _Parser:
     built.add_class_arguments(TrainerConfig, "trainer")
     built.add_argument("--progress", type=bool, default=True, help="Show a progress bar.")
     built.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with the model.")
+    built.add_argument(
+        "--fill_masks",
+        "--fill-masks",
+        action="store_true",
+        help="Run weights under a bitmask as dense codes: more memory, less time.",
+    )
     built.add_argument("--json", action="store_true", help="Print JSON.")
     return built
 
@@ -175,6 +181,7 @@ def _evaluate(options: Namespace) -> int:
         options.trainer,
         progress=options.progress and not options.json,
         trust_remote_code=options.trust_remote_code,
+        filled=options.fill_masks,
     )
     if not _first():
         return 0
@@ -408,7 +415,9 @@ def _linear_parser() -> _Parser:
     _add_device(built)
     built.add_argument("--rows", type=int, nargs="+", help="Of activations. Default: 1 8 512, on a GPU also 4096.")
     built.add_argument("--bits", type=float, nargs="+", default=[4.25], help="Stored bits per weight, widths mixed.")
-    built.add_argument("--sparsity", type=float, help="Also 4-bit codes, without and with a bitmask of this sparsity.")
+    built.add_argument(
+        "--sparsity", type=float, help="Also 4-bit codes, without and with a bitmask of this sparsity, and that filled."
+    )
     built.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN", help="Of the weights.")
     return built
 

@@ -18,6 +18,7 @@ from mpfx.hub.checkpoint import is_checkpoint, load, save, tensor_bytes
 from mpfx.hub.source import Source, load_model
 from mpfx.lm import CausalLM, EvaluationData, TextDataModule
 from mpfx.lm import evaluate as validate
+from mpfx.nn import fill_masks
 from mpfx.passes import LocateSites, Pass, SolvedGroup
 from mpfx.report import AllocationReport, Report, peak_memory_bytes
 from mpfx.session import (
@@ -105,11 +106,24 @@ def evaluate(
     *,
     progress: bool = True,
     trust_remote_code: bool = False,
+    filled: bool = False,
 ) -> dict[str, Any]:
     """Measure the perplexity of an mpfx checkpoint, or of any model that :func:`compress` takes.
 
+    Args:
+        model: the folder or the name.
+        evaluation: the text.
+        trainer: that runs the model.
+        progress: whether to show a progress bar.
+        trust_remote_code: whether to run code that comes with the model.
+        filled: whether bitmasks are filled after loading (:func:`mpfx.fill_masks`).
+
     Returns:
-        ``model``, ``perplexity``, ``loss`` (nats per token), ``tokens`` scored, ``bytes`` of the weight tensors.
+        ``model``, ``perplexity``, ``loss`` (nats per token), ``tokens`` scored, ``bytes`` of the weight tensors as they
+        ran.
+
+    Raises:
+        ValueError: if bitmasks are to be filled, but there is none.
     """
     with status(f"loading {model} and text", progress):
         source = _open(model, trust_remote_code)
@@ -117,6 +131,10 @@ def evaluate(
         data = TextDataModule(source.tokenizer, evaluation=evaluation)
         data.setup("validate")
         check_shares(trainer, evaluation=data.val_dataloader())
+        if filled and not fill_masks(source.model):
+            raise ValueError(
+                f"Expected weights under a bitmask in {model}, to fill, but there is none: leave out `fill_masks`."
+            )
     result = validate(trainer_of(trainer, progress), CausalLM(source.model), data.val_dataloader())
     windows, length = data.evaluation_windows.shape
     return {"model": model, **result, "tokens": windows * (length - 1), "bytes": tensor_bytes(source.model)}

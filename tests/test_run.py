@@ -124,8 +124,14 @@ def test_the_founding_example(folder: Path, tmp_path: Path, capsys: pytest.Captu
     result = json.loads(capsys.readouterr().out)
     assert result["perplexity"] == pytest.approx(report["perplexity"]["compressed"], rel=1e-6)
     assert result["tokens"] == 8 * 31
+    assert main(["evaluate", str(tmp_path / "out"), *evaluation(folder), "--json", "--fill-masks"]) == 0
+    filled = json.loads(capsys.readouterr().out)
+    assert filled["perplexity"] == pytest.approx(result["perplexity"], rel=1e-5)
+    assert filled["bytes"] > result["bytes"] == report["bytes"]["compressed"]
     assert main(["evaluate", str(folder / "opt"), *evaluation(folder), "--progress", "false"]) == 0
     assert f"perplexity {report['perplexity']['dense']:.4f}" in capsys.readouterr().out
+    assert main(["evaluate", str(folder / "opt"), *evaluation(folder), "--progress", "false", "--fill-masks"]) == 2
+    assert "but there is none: leave out `fill_masks`." in capsys.readouterr().err
 
 
 _OPTIMAL = ("--allocation", "optimal", "--code_bits", "null", "--sparsity", "null", "--bits_per_weight")

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from mpfx.bench.int4 import GROUP, Int4Weight, dequantized
 from mpfx.bench.timing import Call, copies, never_waiting
 from mpfx.bench.weights import random_order, random_weight, stored_bits
-from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight
+from mpfx.nn import Layout, MixedPrecisionLinear, PackedWeight, filled
 from mpfx.nn.kernels import reference
 
 DENSE, INT4 = "F.linear", "int4"
@@ -134,13 +134,21 @@ def torch_int4(stage: Stage) -> Contender:
     )
 
 
-def packed(name: str, layout: Layout, stage: Stage, sparsity: float | None = None) -> Contender:
-    """The module of mpfx, with a permutation of its own."""
+def packed(name: str, layout: Layout, stage: Stage, sparsity: float | None = None, *, fill: bool = False) -> Contender:
+    """The module of mpfx, with a permutation of its own.
+
+    Args:
+        name: for tables.
+        layout: of the weight.
+        stage: its sizes, and where it runs.
+        sparsity: share of the weights that a bitmask prunes; None: no bitmask.
+        fill: whether the bitmask is filled before; the result is still compared with that under the bitmask.
+    """
     generator = stage.generator()
     order = random_order(stage.in_features, generator)
     weight = random_weight(layout, stage.out_features, generator, sparsity=sparsity)
-    module = MixedPrecisionLinear(weight, permutation=order, dtype=stage.dtype)
-    nbytes = weight.nbytes + order.nbytes
+    module = MixedPrecisionLinear(filled(weight) if fill else weight, permutation=order, dtype=stage.dtype)
+    nbytes = module.packed.nbytes + order.nbytes
     modules = [_copy(module) for _ in stage.copies(nbytes)]
     exact = partial(reference, weight=weight, permutation=order, bias=None)
     return Contender(name, stage.bits(nbytes), nbytes, modules, exact, optional=sparsity is not None)

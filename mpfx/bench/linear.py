@@ -35,7 +35,8 @@ class LinearConfig:
         dtype: of activations and dense weights; None: bfloat16 on a CUDA device, float32 on the CPU.
         rows: of activations; None: 1, 8, 512 and, on a CUDA device, 4096.
         bits: stored bits per weight of packed layers that mix 3, 4, 5 and 6 bits.
-        sparsity: also measures 4-bit codes with a bitmask that prunes this share, and 4-bit codes without one.
+        sparsity: also measures 4-bit codes with a bitmask that prunes this share, the same weight with the bitmask
+            filled, and 4-bit codes without one.
         shapes: of the weights, as OUTxIN.
 
     Raises:
@@ -216,7 +217,9 @@ def _contenders(config: LinearConfig, stage: Stage, notes: list[str]) -> Iterato
     if config.sparsity is not None:
         layout = uniform_layout(stage.in_features, 4)
         yield packed("4-bit codes", layout, stage)
-        yield packed(f"4-bit codes, {config.sparsity:.0%} pruned", layout, stage, config.sparsity)
+        pruned = f"4-bit codes, {config.sparsity:.0%} pruned"
+        yield packed(pruned, layout, stage, config.sparsity)
+        yield packed(f"{pruned}, filled", layout, stage, config.sparsity, fill=True)
 
 
 def _measure(

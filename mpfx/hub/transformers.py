@@ -83,7 +83,7 @@ class MpfxQuantizer(HfQuantizer):
         self._sites: dict[str, Packed] = {}
         self._orders: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._compileable = False  # until there is a model
+        self._packed: list[MixedPrecisionLinear | PackedExperts] = []  # not the model, which would wait for gc then
 
     def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> list[Any]:
         """No conversion: the file has the names and shapes of the model itself."""
@@ -107,18 +107,17 @@ class MpfxQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile a step when it uses a static cache."""
-        return self._compileable
+        """Whether ``generate`` may compile a step when it uses a static cache.
+
+        It makes CUDA graphs of what it compiles. Those can hold ``mpfx::linear``, but no weight with a bitmask, whose
+        codes are counted at its first call (:func:`mpfx.nn.fill_masks` may have filled it), and no experts, of which
+        other ones run for other tokens.
+        """
+        return bool(self._packed) and all(isinstance(m, MixedPrecisionLinear) and m.mask is None for m in self._packed)
 
     def look_at(self, model: nn.Module) -> None:
-        """Find out whether the packed modules of a model can be compiled.
-
-        ``generate`` makes CUDA graphs of what it compiles. Those can hold ``mpfx::linear``, but no weight with a
-        bitmask, whose codes are counted at its first call, and no experts, of which other ones run for other tokens.
-        """
-        modules = list(model.modules())
-        masked = any(isinstance(module, MixedPrecisionLinear) and module.mask is not None for module in modules)
-        self._compileable = not masked and not any(isinstance(module, PackedExperts) for module in modules)
+        """Find the packed modules of a model, which tell whether it can be compiled."""
+        self._packed = [m for m in model.modules() if isinstance(m, MixedPrecisionLinear | PackedExperts)]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         files = _weights_files(kwargs.get("checkpoint_files"))

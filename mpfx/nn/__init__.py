@@ -15,8 +15,8 @@ from mpfx.nn.layout import (
     permutation_bytes,
     stored_bytes,
 )
-from mpfx.nn.packed import InputGroup, MixedPrecisionLinear, join_input_groups, pack_permutation
-from mpfx.nn.packing import PackedWeight, QuantizedWeight, own_order, pack, reordered_rows, unpack, validate
+from mpfx.nn.packed import InputGroup, MixedPrecisionLinear, fill_masks, join_input_groups, pack_permutation
+from mpfx.nn.packing import PackedWeight, QuantizedWeight, filled, own_order, pack, reordered_rows, unpack, validate
 from mpfx.nn.scales import CodedScales, Scales, decoded, scale_values
 
 __all__ = [
@@ -39,6 +39,8 @@ __all__ = [
     "Scales",
     "Span",
     "decoded",
+    "fill_masks",
+    "filled",
     "join_input_groups",
     "own_order",
     "pack",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mpfx.nn.layout import SCALE_BITS, Layout, scale_shapes, stored_bytes, words
 from mpfx.nn.operand import PackedOperand
 from mpfx.nn.packed import PackedModule, pack_permutation
-from mpfx.nn.packing import PARTS, PackedWeight, count_kept, own_order, unpack, validate
+from mpfx.nn.packing import PARTS, PackedWeight, count_kept, filled, own_order, unpack, validate
 
 _STACKED = ("row_scales", "mask", "widths")
 """Tensors of equal shape for every expert; all others lie one after the other."""
@@ -76,11 +76,7 @@ class PackedStack(PackedModule):
         self.layouts = tuple(weight.layout for weight in weights)
         self.out_features, self.in_features = weights[0].out_features, weights[0].layout.in_features
         self.transposed = transposed
-        self._ends = {
-            name: tuple(accumulate(part.numel() for part in _parts_of(weights, name)))
-            for name in PARTS
-            if name not in _STACKED
-        }
+        self._ends = {name: _ends(_parts_of(weights, name)) for name in PARTS if name not in _STACKED}
         for name in PARTS:
             self.register_buffer(name, _joined(name, _parts_of(weights, name)))
         self.register_buffer("permutation", self._orders(permutation))
@@ -160,6 +156,15 @@ class PackedStack(PackedModule):
             return None if whole is None else whole[expert]
         ends = self._ends[name]
         return whole[ends[expert - 1] if expert else 0 : ends[expert]]
+
+    def fill_mask(self) -> int:
+        """Do what :func:`mpfx.nn.fill_masks` does to this module alone."""
+        if self.mask is None:
+            return 0
+        codes = [filled(self.packed(expert)).codes.view(-1) for expert in range(self.experts)]
+        self._ends["codes"] = _ends(codes)
+        self.codes, self.mask, self._known = torch.cat(codes), None, None
+        return self.experts
 
     def dense(self, expert: int) -> Tensor:
         """The dense weight ``(out, in)`` of one expert in the input's own channel order; made anew at every call."""
@@ -377,6 +382,11 @@ def _kind(weight: PackedWeight) -> tuple[int, int, int | None, bool, bool, bool]
 def _parts_of(weights: Sequence[PackedWeight], name: str) -> list[Tensor]:
     """One tensor of every weight, none where they have none."""
     return [part for weight in weights if (part := weight.parts[name]) is not None]
+
+
+def _ends(parts: Sequence[Tensor]) -> tuple[int, ...]:
+    """Where every part ends if they lie one after the other."""
+    return tuple(accumulate(part.numel() for part in parts))
 
 
 def _joined(name: str, parts: Sequence[Tensor]) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The packed form of one weight, and its way there and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -175,6 +175,27 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
         kept=kept,
         layout=packed.layout,
     )
+
+
+def filled(weight: PackedWeight) -> PackedWeight:
+    """The same weight without its mask: every pruned weight of a grid has the zero point as code, a raw one is 0.0.
+
+    Both stand for 0, so it dequantizes to the same bits; which weights were pruned is forgotten, and ``sparsity`` is
+    that of what is left out. One without a mask is returned as it is.
+
+    Returns:
+        A weight with codes of its own; its other tensors are those of the weight given.
+    """
+    if weight.mask is None:
+        return weight
+    loose = unpack(weight)
+    codes, kept, zeros = loose.codes, loose.kept, loose.zeros
+    assert kept is not None
+    for grid, group in enumerate(weight.layout.grids):  # raw channels have zeros where nothing was stored
+        inside = slice(group.start, group.stop)
+        zero = 1 << group.bits - 1 if zeros is None else zeros[:, grid, None].int()
+        codes[:, inside] = torch.where(kept[:, inside], codes[:, inside], zero)
+    return replace(weight, codes=_pack_rows(loose), mask=None)
 
 
 def own_order(weight: Tensor, permutation: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from mpfx.bench.linear import LinearConfig, bench
 from mpfx.bench.timing import Call
 from mpfx.bench.weights import mixed_layout
 from mpfx.cli import main
-from mpfx.nn import MixedPrecisionLinear
+from mpfx.nn import MixedPrecisionLinear, PackedWeight, filled
 from mpfx.report import markdown
 
 SECONDS = {"copy": 1e-6, "F.linear": 40e-6, "int4": 20e-6, "mixed 4.25": 10e-6, "4-bit codes": 8e-6}
 CACHE = 100_000
+PRUNED = "4-bit codes, 50% pruned"
 
 
 def known(calls: Mapping[str, Sequence[Call]]) -> dict[str, float]:
@@ -36,20 +38,23 @@ CONFIG = LinearConfig(device="cpu", dtype="float32", rows=(1, 20), sparsity=0.5,
 def test_figures_of_known_times() -> None:
     found = bench(CONFIG, clock=known, cache=CACHE)
     assert found.copy_bytes_per_second == pytest.approx(2 * 4 * CACHE / 1e-6)
-    names = ["F.linear", "int4", "mixed 4.25", "4-bit codes", "4-bit codes, 50% pruned"]
+    names = ["F.linear", "int4", "mixed 4.25", "4-bit codes", PRUNED, f"{PRUNED}, filled"]
     assert [(t.shape, t.rows, t.name) for t in found.timings] == [
         (shape, rows, name) for shape in ("256x512", "128x256") for rows in (1, 20) for name in names
     ]
-    dense, _, mixed, codes, _ = found.timings[5:10]  # 20 rows
+    dense, _, mixed, codes, pruned, filled = found.timings[6:12]  # 20 rows
     around = 4 * 20 * (256 + 512)
     assert dense.nbytes == 4 * 256 * 512 + around
     assert dense.bytes_per_second == pytest.approx(dense.nbytes / 40e-6)
     assert codes.bits == pytest.approx(4 + 4 / 64 + 4 / 64 + 16 / 256 + 0.04, abs=0.01)  # zeros, scales, order, bases
+    assert filled.bits == codes.bits  # in memory
+    assert filled.nbytes == codes.nbytes
+    assert pruned.bits == pytest.approx(codes.bits - 1, abs=0.05)
     assert mixed.bits == pytest.approx(4.25, abs=0.07)  # few groups: large steps
     assert all(t.error < 1e-4 for t in found.timings if t.name != "int4")
     head, rows = found.cells()
-    assert len(rows) == 2 * 2 * 3
-    row = dict(zip(head, rows[3], strict=True))
+    assert len(rows) == 2 * 2 * 4
+    row = dict(zip(head, rows[4], strict=True))
     assert row == {
         "weight": "256x512",
         "rows": "20",
@@ -65,7 +70,7 @@ def test_figures_of_known_times() -> None:
     }
     data = json.loads(json.dumps(found.to_json()))
     assert data["environment"]["torch"] == torch.__version__
-    assert data["timings"][7]["share_of_copy"] == pytest.approx(mixed.nbytes / 10e-6 / (8 * CACHE / 1e-6))
+    assert data["timings"][8]["share_of_copy"] == pytest.approx(mixed.nbytes / 10e-6 / (8 * CACHE / 1e-6))
     assert markdown(*found.cells()).count("\n") == 2 + len(rows)
 
 
@@ -100,6 +105,18 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MixedPrecisionLinear, "forward", lambda self, x: forward(self, x) * 1.1)
     with pytest.raises(ArithmeticError, match=r"mixed 4\.25: relative error 0\.1"):
         bench(CONFIG, clock=known, cache=CACHE)
+
+
+def test_a_filled_weight_is_compared_with_the_one_under_the_bitmask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(weight: PackedWeight) -> PackedWeight:
+        whole = filled(weight)
+        return replace(whole, codes=~whole.codes)
+
+    monkeypatch.setattr("mpfx.bench.contenders.filled", wrong)
+    found = bench(replace(CONFIG, rows=(1,), shapes=("128x256",)), clock=known, cache=CACHE)
+    assert [note.split(": relative")[0] for note in found.notes] == [
+        f"no {PRUNED}, filled for 128x256, 1 rows: {PRUNED}, filled"
+    ]
 
 
 def test_what_torch_lacks_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """transformers' own way: ``from_pretrained``, ``save_pretrained``, ``generate``, ``pipeline``, and lm-eval on it."""
 
 import copy
+import gc
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import mpfx
 import mpfx.hub
 from mpfx.bench.models import random_model
 from mpfx.hub import MpfxConfig
-from mpfx.hub.checkpoint import CheckpointError
+from mpfx.hub.checkpoint import CheckpointError, tensor_bytes
 from mpfx.nn import MixedPrecisionLinear
 from mpfx.nn.experts import PackedExperts
 from tests.conftest import BUILDERS, build_llama
@@ -478,6 +480,56 @@ def test_what_no_graph_can_hold_is_not_compiled(load: Callable[[Path], Any], tmp
         mpfx.save(model, tmp_path / name)
         found[name] = load(tmp_path / name).hf_quantizer.is_compileable
     assert found == {"plain": True, "masked": False, "experts": False}
+
+
+@pytest.mark.parametrize("load", [from_pretrained, mpfx.load])
+def test_filled_masks_can_be_compiled(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    mpfx.save(PACKED["llama"](), tmp_path)
+    model = load(tmp_path)
+    other = copy.deepcopy(model)
+    tokens = model.generate(ids(5), **STATIC)
+    assert mpfx.fill_masks(model) == 3 * 7
+    assert model.hf_quantizer.is_compileable
+    assert not other.hf_quantizer.is_compileable
+    assert torch.equal(model.generate(ids(5), **STATIC, cache_implementation="static"), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("name", ["llama", "tied", "opt", "GptOss"])
+@pytest.mark.parametrize("load", [from_pretrained, mpfx.load])
+def test_filled_masks(name: str, load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """The same logits, in a file as large as the model has become."""
+    small = mpfx.save(PACKED[name](), tmp_path / "small")
+    model = load(tmp_path / "small")
+    exact, logits = copy.deepcopy(model).double()(ids()).logits, model(ids()).logits
+    assert mpfx.fill_masks(model)
+    assert torch.equal(copy.deepcopy(model).double()(ids()).logits, exact)  # in plain PyTorch
+    found = model(ids()).logits
+    assert float((found - logits).norm()) <= 1e-3 * float(logits.norm())
+    large = mpfx.save(model, tmp_path / "large")
+    assert large == tensor_bytes(model) > small
+    model.save_pretrained(tmp_path / "again")
+    for folder in ("large", "again"):
+        assert not [tensor for tensor in load_file(tmp_path / folder / "model.safetensors") if tensor.endswith(".mask")]
+        loaded = load(tmp_path / folder)
+        assert torch.equal(loaded(ids()).logits, found)
+        assert mpfx.fill_masks(loaded) == 0
+
+
+@pytest.mark.parametrize("load", [from_pretrained, mpfx.load])
+def test_a_model_that_is_let_go_of_is_gone(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Its dense weights at once: what it is loaded with does not keep it."""
+    mpfx.save(PACKED["llama"](), tmp_path)
+    model = load(tmp_path)
+    head = weakref.ref(model.lm_head.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert head() is None
+    finally:
+        gc.enable()
 
 
 def test_packed_models_compile_as_one_graph() -> None:

@@ -24,6 +24,8 @@ from mpfx.nn import (
     PackedWeight,
     QuantizedWeight,
     Scales,
+    fill_masks,
+    filled,
     pack,
     pack_permutation,
 )
@@ -576,6 +578,59 @@ def test_compilers_take_experts_as_one_graph() -> None:
     compiled: Any = torch.compile(packed, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert close(compiled(ids, use_cache=False).logits, dense(ids).logits, 1e-5)
+
+
+MASKED = [kinds for kinds in (*KINDS, {"coded": True, "masked": True}) if kinds.get("masked")]
+
+
+@pytest.mark.parametrize("kinds", MASKED)
+def test_a_filled_stack_is_the_same_weights(kinds: dict[str, bool]) -> None:
+    stack = packed_stack(5, 24, 70, **kinds)
+    dense, shallow = stack.stacked(), copy.copy(stack)
+    codes, mask = weakref.ref(stack.codes), weakref.ref(stack.mask)
+    assert fill_masks(nn.Sequential(stack)) == 5
+    assert codes() is mask() is None  # their memory is free before the next product
+    assert torch.equal(stack.stacked(), dense)
+    assert torch.equal(shallow.stacked(), dense)  # it has the same buffers
+    assert stack.nbytes == sum(filled(packed_weight(24, 70, expert, **kinds)).nbytes for expert in range(5))
+    assert "mask" not in stack.state_dict()
+    parts = {name: getattr(stack, name) for name in PARTS}
+    again = PackedStack(
+        split_stack(parts, out_features=24, in_features=70, group_size=32), permutation=stack.permutation
+    )
+    assert torch.equal(again.stacked(), dense)
+    assert torch.equal(copy.deepcopy(stack).to(torch.bfloat16).float().stacked(), dense)
+    assert fill_masks(stack) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kinds", MASKED)
+def test_filled_experts_run(kinds: dict[str, bool], transposed: bool) -> None:
+    packed, dense = packed_pair(Experts(transposed).eval(), transposed, **kinds)
+    before = packed(*inputs())
+    assert fill_masks(packed) == 2 * 4
+    found = packed(*inputs())
+    assert close(found, dense(*inputs()))
+    assert close(found, before)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kinds", MASKED)
+def test_filled_on_a_gpu(kinds: dict[str, bool], dtype: torch.dtype) -> None:
+    packed, dense = packed_pair(Experts().eval(), **kinds)
+    packed.to("cuda", dtype)
+    dense.to("cuda", dtype)
+    x, index, weights = (t.cuda() for t in inputs())
+    arguments = (x.to(dtype), index, weights.to(dtype))
+    before = packed(*arguments)
+    unpacked = {name: stack.stacked() for name, stack in packed.packed_stacks.items()}
+    assert fill_masks(packed) == 2 * 4
+    assert all(torch.equal(stack.stacked(), unpacked[name]) for name, stack in packed.packed_stacks.items())
+    assert close(packed(*arguments), dense(*arguments), 2e-2)
+    assert close(packed(*arguments), before, 2e-2)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,9 @@
 """The packed module against a dense Linear."""
 
 import copy
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from mpfx.nn import (
     Layout,
     MixedPrecisionLinear,
     PackedWeight,
+    fill_masks,
     join_input_groups,
     kernels,
     pack,
@@ -19,6 +22,7 @@ from mpfx.nn import (
     packed,
     unpack,
 )
+from mpfx.nn.kernels import reference
 from mpfx.solve import GridConfig, Sparsity, sweep
 
 
@@ -83,6 +87,45 @@ def test_state_dict_round_trip(scale_bits: int) -> None:
     assert set(module.state_dict()) == {*SCALES[scale_bits], "codes", "zeros", "mask", "widths", "permutation"}
 
 
+def masked_layer(scale_bits: int = 4) -> MixedPrecisionLinear:
+    order = pack_permutation(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
+    weight = packed_weight(sparsity="0.5", scale_bits=scale_bits)
+    return MixedPrecisionLinear(weight, permutation=order, bias=nn.Parameter(torch.ones(24)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale_bits", [4, 16])
+def test_a_filled_module_is_the_same_layer(scale_bits: int) -> None:
+    module, x = masked_layer(scale_bits), torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
+    weight, found = module.weight, module(x)
+    exact = reference(x, module.packed, module.permutation, module.bias)
+    codes, mask = weakref.ref(module.codes), weakref.ref(module.mask)
+    model = nn.Sequential(module, nn.Linear(24, 2))
+    assert fill_masks(model) == 1
+    assert codes() is mask() is None  # their memory is free before the next product
+    assert model[0] is module
+    assert module.packed.mask is None
+    assert torch.equal(module.weight, weight)
+    assert torch.equal(reference(x, module.packed, module.permutation, module.bias), exact)
+    torch.testing.assert_close(module(x), found, rtol=1e-4, atol=1e-3)
+    assert set(module.state_dict()) == {*SCALES[scale_bits], "codes", "zeros", "widths", "permutation", "bias"}
+    assert "sparse" not in repr(module)
+    assert fill_masks(model) == 0
+
+
+@torch.no_grad()
+def test_a_filled_module_moves_copies_and_loads() -> None:
+    module = masked_layer()
+    fill_masks(module)
+    copied = copy.deepcopy(module).to(torch.bfloat16).float()
+    assert torch.equal(copied.weight, module.weight)
+    copied.codes.zero_()
+    copied.load_state_dict(module.state_dict())
+    assert torch.equal(copied.weight, module.weight)
+    with pytest.raises(RuntimeError, match=r"Missing key.* \"mask\""):
+        masked_layer().load_state_dict(module.state_dict())
+
+
 def test_large_permutations_are_kept_whole() -> None:
     assert pack_permutation(torch.arange(65536)).dtype == torch.uint16
     assert pack_permutation(torch.arange(65536)).long().max() == 65535
@@ -103,16 +146,35 @@ def test_on_a_gpu(sparsity: str | None, dtype: torch.dtype) -> None:
     torch.testing.assert_close(moved(x.cuda()).cpu(), module(x), rtol=tolerance, atol=tolerance * 10)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_filled_on_a_gpu(dtype: torch.dtype, rows: int) -> None:
+    on_cpu, x = Attention("0.5").to(dtype), torch.randn(rows, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    model = copy.deepcopy(on_cpu).cuda()
+    join_input_groups(model)
+    masked = model(x.cuda())
+    assert fill_masks(model) == fill_masks(on_cpu) == 4
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer.cpu(), on_cpu.get_buffer(name))
+    found = model(x.cuda())
+    tolerance = 5e-4 if dtype == torch.float32 else 2e-2
+    for expected in (masked.cpu(), on_cpu(x)):
+        assert float((found.cpu() - expected).float().norm()) <= tolerance * float(expected.float().norm())
+
+
 class Attention(nn.Module):
     """Layers that read the same input, and one that does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, sparsity: str | None = None) -> None:
         super().__init__()
         order = pack_permutation(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
-        self.q = MixedPrecisionLinear(packed_weight(24), permutation=order)
-        self.k = MixedPrecisionLinear(packed_weight(8), permutation=order, bias=nn.Parameter(torch.randn(8)))
-        self.v = MixedPrecisionLinear(packed_weight(8, scale_bits=16), permutation=order)
-        self.other = MixedPrecisionLinear(packed_weight(100), permutation=order.clone())
+        bias, of_rows = nn.Parameter(torch.randn(8)), partial(packed_weight, sparsity=sparsity)
+        self.q = MixedPrecisionLinear(of_rows(24), permutation=order)
+        self.k = MixedPrecisionLinear(of_rows(8), permutation=order, bias=bias)
+        self.v = MixedPrecisionLinear(of_rows(8, scale_bits=16), permutation=order)
+        self.other = MixedPrecisionLinear(of_rows(100), permutation=order.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.other(x)
@@ -143,6 +205,20 @@ def test_layers_of_an_input_group_multiply_together(rows: int, together: list[in
         with torch.no_grad():
             assert torch.equal(model(x), expected)
     assert together == ([3] * 5 if rows <= packed.TOGETHER_ROWS else [])
+
+
+@torch.no_grad()
+def test_an_input_group_that_is_filled_stays_one(together: list[int]) -> None:
+    model, x = Attention("0.5"), torch.randn(1, 100, generator=torch.Generator().manual_seed(1))
+    join_input_groups(model)
+    before = model(x)
+    assert fill_masks(model) == 4
+    after = model(x)
+    assert together == [3, 3]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-3)
+    alone = copy.deepcopy(model)  # copies are on their own
+    assert torch.equal(alone(x), after)
+    assert together == [3, 3]
 
 
 def test_products_with_gradients_are_not_made_together(together: list[int]) -> None:

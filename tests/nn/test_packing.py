@@ -12,6 +12,7 @@ from mpfx.nn import (
     Layout,
     PackedWeight,
     QuantizedWeight,
+    filled,
     pack,
     reordered_rows,
     stored_bytes,
@@ -155,6 +156,80 @@ def test_rows_in_another_order(coded: bool, density: float) -> None:
     part = pack(weight.rows(slice(7, 20)))
     validate(part)
     assert torch.equal(unpack(part).dequantize(), weight.dequantize()[7:20])
+
+
+def masked_weight(layout: Layout, rows: int, density: float, **kinds: bool) -> QuantizedWeight:
+    """A random weight that has a mask even if that keeps everything."""
+    weight = random_weight(layout, rows, **kinds)
+    kept = torch.rand(weight.codes.shape, generator=torch.Generator().manual_seed(1)) < density
+    for run in layout.runs:
+        if run.bits == 0:
+            kept[:, run.start : run.stop] = False
+    return dataclasses.replace(weight, codes=weight.codes * kept, kept=kept)
+
+
+def zero_codes(weight: QuantizedWeight) -> Tensor:
+    """The code of every weight that stands for 0, int32 ``(out, in)``: one channel after the other."""
+    codes, grid = torch.zeros_like(weight.codes), -1
+    for group in weight.layout.groups:
+        grid += group.quantized
+        for channel in range(group.start, group.stop):
+            if group.quantized:
+                codes[:, channel] = 2 ** (group.bits - 1) if weight.zeros is None else weight.zeros[:, grid]
+    return codes
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [(b,) * 4 for b in (0, *ALL_WIDTHS)] + [(8, 7, 6, 5), (4, 3, 2, 1), (16, 4, 16, 4), (0, 4, 0, 3), (16, 2, 0, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(128, 32, 64), (101, 45, 32), (97, 1, None)], ids=str)
+@pytest.mark.parametrize("density", [0, 0.05, 0.5, 1])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_filled_mask_changes_no_value(
+    widths: tuple[int, ...], sizes: tuple[int, int, int | None], density: float, symmetric: bool, coded: bool
+) -> None:
+    channels, rows, group = sizes
+    weight = masked_weight(Layout(channels, widths, group), rows, density, symmetric=symmetric, coded=coded)
+    assert weight.kept is not None
+    packed = pack(weight)
+    before = {name: None if part is None else part.clone() for name, part in packed.parts.items()}
+    whole = filled(packed)
+    validate(whole)
+    assert whole.mask is None
+    dense = unpack(whole).dequantize()
+    assert torch.equal(dense.view(torch.int32), weight.dequantize().view(torch.int32))  # no -0.0 either
+    stored = torch.tensor([bits > 0 for bits in widths]).repeat_interleave(32)[:channels]
+    expected = torch.where(weight.kept, weight.codes, zero_codes(weight)) * stored
+    assert torch.equal(unpack(whole).codes, expected)
+    again = pack(unpack(whole))
+    assert all(torch.equal(part, again.parts[name]) for name, part in whole.parts.items() if part is not None)  # type: ignore[arg-type]
+    size = stored_bytes(whole.layout, rows, symmetric=symmetric, scale_bits=4 if coded else 16)
+    assert whole.nbytes == size.total
+    assert whole.sparsity == 1 - float(stored.double().mean())
+    for name, part in packed.parts.items():  # what was given stays, and shares all but the codes
+        original = before[name]
+        assert part is None or original is None or torch.equal(part, original)
+        assert name in ("codes", "mask") or whole.parts[name] is part
+
+
+def test_a_weight_without_a_mask_is_filled_already() -> None:
+    packed = pack(random_weight(Layout(128, (4, 0, 3, 3), 64), 8))
+    assert filled(packed) is packed
+
+
+def test_filled_codes_by_hand() -> None:
+    weight = QuantizedWeight(
+        codes=torch.tensor([[0, 3, 0]], dtype=torch.int32),
+        scales=torch.tensor([[0.5]]).half(),
+        zeros=torch.tensor([[1]], dtype=torch.uint8),
+        kept=torch.tensor([[True, True, False]]),
+        layout=Layout(3, (2,), 64),
+    )
+    assert unpack(filled(pack(weight))).codes.tolist() == [[0, 3, 1]]
+    assert unpack(filled(pack(dataclasses.replace(weight, zeros=None)))).codes.tolist() == [[0, 3, 2]]
 
 
 def test_dequantized_values_by_hand() -> None:

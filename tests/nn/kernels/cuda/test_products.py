@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpfx.nn import Layout, PackedWeight, pack
+from mpfx.nn import Layout, PackedWeight, filled, pack
 from mpfx.nn.kernels import cuda, packed_linear, packed_linears, reference
 from mpfx.nn.kernels.cuda import nvrtc, tune
 from mpfx.nn.kernels.cuda.decode import Cut, decode
@@ -81,14 +81,47 @@ def test_products_are_those_of_the_dense_weight(
         agrees(x, dense, packed, order, bias)
 
 
-def agrees(x: Tensor, dense: Tensor, packed: PackedWeight, order: Tensor | None, bias: Tensor | None) -> None:
+def agrees(
+    x: Tensor,
+    dense: Tensor,
+    packed: PackedWeight,
+    order: Tensor | None,
+    bias: Tensor | None,
+    summed: Tensor | None = None,
+) -> None:
+    """The result is that of the dense weight, but for rounding in sums over ``summed``, if not over that weight."""
     moved = x.double() if order is None else x.double()[:, order.long()]
-    size = moved.abs() @ dense.abs().t() + 1e-6
+    size = moved.abs() @ (dense if summed is None else summed).abs().t() + 1e-6
     expected = moved @ dense.t() + (0 if bias is None else bias.double())
     found = packed_linear(x, packed, order, bias)
     assert found.dtype == x.dtype
     assert float(((found.double() - expected).abs() / (size + expected.abs())).max()) <= TOLERANCE[x.dtype]
     assert torch.equal(found, packed_linear(x, packed, order, bias))
+
+
+FILLED = [(layout, torch.bfloat16, 144, plain, 0.4) for layout in LAYOUTS for plain in (False, True)]
+FILLED += [(LAYOUTS[-2], dtype, 37, False, 0.5) for dtype in TOLERANCE]
+FILLED += [(Layout(333, (5,) * 11, 32), torch.bfloat16, 33, False, density) for density in (0.0, 0.05, 0.7)]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "out", "plain", "density"), FILLED, ids=str)
+def test_filled_weights_give_the_products_of_those_under_a_mask(
+    layout: Layout, dtype: torch.dtype, out: int, plain: bool, density: float
+) -> None:
+    weight = random_weight(layout, out, symmetric=plain, coded=not plain, density=density)
+    packed = on_device(pack(weight))
+    dense, whole = weight.dequantize().double().cuda(), filled(packed)
+    unpruned = replace(weight, kept=None).dequantize().double().cuda()  # zero points are taken off sums over all codes
+    for name, part in filled(pack(weight)).parts.items():
+        found = whole.parts[name]
+        assert (part is None) == (found is None)
+        assert part is None or found is None or torch.equal(found.cpu(), part)
+    order = None if plain else torch.randperm(layout.in_features).to(torch.uint16).cuda()
+    for rows in (1, 8, 20):
+        x = torch.randn(rows, layout.in_features, dtype=dtype, device="cuda")
+        agrees(x, dense, packed, order, None)
+        agrees(x, dense, whole, order, None, unpruned)
+        assert torch.equal(reference(x, whole, order, None), reference(x, packed, order, None))
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8, 16])
