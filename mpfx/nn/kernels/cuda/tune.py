@@ -1,10 +1,13 @@
 """Which of several ways to run a kernel is the fastest on a device: measured once, kept on disk."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +23,8 @@ def fastest(key: str, candidates: Sequence[T], run: Callable[[T], None], device:
     """The candidate that runs shortest.
 
     Measured at the first call with a key on a kind of device, with caches that hold nothing of use, and kept for later
-    processes in ``tuned.json`` of the cache folder. While a CUDA graph is captured, or with ``MPFX_TUNE=0``, nothing is
-    measured: then the first candidate it is.
+    processes in ``tuned-*.json`` of the cache folder, a file for each version of the kernels. While a CUDA graph is
+    captured, or with ``MPFX_TUNE=0``, nothing is measured: then the first candidate it is.
 
     Args:
         key: of what is run, without the device.
@@ -62,7 +65,7 @@ def _times(candidates: Sequence[T], run: Callable[[T], None], device: torch.devi
 @cache
 def _chosen() -> dict[str, Any]:
     try:
-        read = json.loads((cache_folder() / "tuned.json").read_text())
+        read = json.loads(_file().read_text())
     except (OSError, ValueError):
         return {}
     return read if isinstance(read, dict) else {}
@@ -71,4 +74,16 @@ def _chosen() -> dict[str, Any]:
 def _keep(name: str, index: int) -> None:
     _chosen()[name] = index
     with suppress(OSError):  # then the next process measures again
-        replace(cache_folder() / "tuned.json", json.dumps(_chosen(), indent=1).encode())
+        replace(_file(), json.dumps(_chosen(), indent=1).encode())
+
+
+def _file() -> Path:
+    return cache_folder() / f"tuned-{_kernels()}.json"
+
+
+@cache
+def _kernels() -> str:
+    """What tells one version of the kernels from another: what was fast may be slow in the next one."""
+    sources = [file for file in files("mpfx.nn.kernels.cuda").iterdir() if file.name.endswith((".cu", ".cuh"))]
+    texts = (file.name.encode() + file.read_bytes() for file in sorted(sources, key=lambda file: file.name))
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]

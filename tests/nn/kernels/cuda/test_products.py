@@ -457,7 +457,8 @@ def test_the_fastest_cut_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tune._chosen.cache_clear()
     assert tune.fastest("a", (3_000_000, 1_000, 2_000_000), run, device) == 1_000
     assert len(ran) == count
-    assert (cache_folder() / "tuned.json").exists()
+    assert tune._file().parent == cache_folder()
+    assert tune._file().exists()
     tune._chosen.cache_clear()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpfx.nn import Layout, PackedWeight, pack
-from mpfx.nn.kernels.cuda import _order, tile
+from mpfx.nn.kernels.cuda import _order, tile, tune
 from mpfx.nn.kernels.cuda.decode import unit_table
 from mpfx.nn.kernels.cuda.kept import kept_bytes
 from mpfx.nn.kernels.cuda.nvrtc import Launch
@@ -208,3 +208,27 @@ def test_what_is_kept_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(made) == 1
     monkeypatch.setenv("MPFX_CACHE", str(tmp_path / "cache" / "a"))  # a file: nothing can be kept there
     assert kept_bytes("b", make) == b"code"
+
+
+def test_choices_of_other_kernels_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPFX_CACHE", str(tmp_path))
+    monkeypatch.delenv("MPFX_TUNE", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    measured: list[list[float]] = []
+
+    def chosen(times: list[float]) -> str:
+        def measure(*_: object) -> list[float]:
+            measured.append(times)
+            return times
+
+        monkeypatch.setattr(tune, "_times", measure)
+        tune._chosen.cache_clear()
+        return tune.fastest("a layer", ("one", "other"), lambda _: None, torch.device("cuda"))
+
+    assert chosen([2.0, 1.0]) == "other"
+    assert chosen([1.0, 2.0]) == "other"  # what was kept counts
+    assert measured == [[2.0, 1.0]]
+    monkeypatch.setattr(tune, "_kernels", lambda: "others")
+    assert chosen([1.0, 2.0]) == "one"
+    tune._chosen.cache_clear()
