@@ -94,7 +94,7 @@ struct Room {
     char* own;        // ROOM_BYTES, for whatever units want
     char* ring;       // STAGES stages: words of a unit, and TAIL
     u32 ring_at;
-    Planned* units;
+    Planned* units;   // of this warp, as they are to be multiplied
 };
 
 // ---------------------------------------------------------------------------------------------------- products

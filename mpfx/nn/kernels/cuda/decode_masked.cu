@@ -196,7 +196,8 @@ __device__ __forceinline__ void load(const Site& a, u32 planned, const Reader& l
     if (v.y & GRID_BITS) loaded.base = __ldg(l.bases + (v.y >> 16));
 }
 
-// The survivors of a unit as bytes, sixteen of each lane; of blocks that there are not, too, as nobody looks at these.
+// The survivors of a unit as bytes, sixteen of each lane; of blocks that there are not, too: of these only signs are looked at, by
+// what is pruned behind the last survivor, and `eight_of` leaves none.
 template <int BITS>
 __device__ __forceinline__ void spread_unit(u32 planned, u32 kind, u32 stage, const Reader& l) {
     const uint4 words = words_of(planned);

@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_codes(const Args& a, const int4& unit, int 
     for (int i = lane; i < 2 * blocks; i += 32) spread<BITS>([&](int k) { return words[k]; }, i, survivors);
     if (lane == 0) share(survivors + 32 * blocks, 0);  // what is pruned behind the last survivor looks at the next code, too
     __syncwarp();
-    const u32 start = survivors + range.x % 32 + before(__popc(mask));
+    const u32 start = survivors + (blocks ? range.x % 32 : 0) + before(__popc(mask));  // without survivors all look at that
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const int r = lane / 4 * 4 + j;  // what is pruned gets the zero point, which counts nothing

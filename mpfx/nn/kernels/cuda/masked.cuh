@@ -88,7 +88,9 @@ __device__ __forceinline__ u32 before(u32 own) {
     u32 sum = own;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2)
-        asm volatile("{.reg .b32 other; .reg .pred there; shfl.sync.up.b32 other|there, %0, %1, 0, -1; @there add.u32 %0, %0, other;}" : "+r"(sum) : "r"(d));
+        asm volatile("{.reg .b32 other; .reg .pred there; shfl.sync.up.b32 other|there, %0, %1, 0, -1; @there add.u32 %0, %0, other;}"
+                     : "+r"(sum)
+                     : "r"(d));
     return sum - own;
 }
 

@@ -1,4 +1,4 @@
-// What kernels on packed weights have in common: numbers, codes from planes of bits, scales, copies, clusters.
+// What kernels on packed weights have in common: numbers, codes from planes of bits, scales, copies, launches.
 //
 // Set by whoever compiles: DTYPE of the activations (0 bfloat16, 1 float16, 2 float32); IN, channels; CODED, whether
 // scales are; ZEROS, whether there are zero points; ALIGNED, whether rows come in fours, and codes and mask start where 16
@@ -134,8 +134,9 @@ __device__ __forceinline__ void copy4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
 }
 
-// Kernels of one stream may overlap, if the next one is launched so: it starts as soon as all blocks of this one have, and
-// there is room; until it waits, it may touch nothing but weights.
+// Kernels of one stream may overlap, if the next one is launched so: it starts as soon as all blocks of this one let it, and
+// there is room. Until it waits, it may touch nothing but weights; and these only if whoever has written them is done: either
+// this one has waited before it lets the next one start, or it is known not to come after anything that writes weights.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -144,33 +145,5 @@ __device__ __forceinline__ void let_next_start() {
 __device__ __forceinline__ void wait_for_last() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-#else
-    return 0;
-#endif
-}
-
-__device__ __forceinline__ int cluster_size() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-    return r;
-#else
-    return 1;
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    __syncthreads();
 #endif
 }

@@ -13,8 +13,9 @@
 //
 // Warp w of a group has the 32 rows 32w ... of a tile, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels
 // 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the
-// weight in an order of their own, and so have the channels: of which `arrange` knows. A warp goes on when its own group's products
-// have read their operands, so it is the other group's that hide how it unpacks. At 512 rows of activations time goes by
+// weight in an order of their own, and so have the channels: of which `arrange` knows. As measured, a warp that has started products
+// from registers goes on only when they have nearly come to their end (that their operands have been read by then is not promised:
+// `have_been_read`), so it is the other group's that hide how it unpacks. At 512 rows of activations time goes by
 // - with instructions that have to be fetched: both segments of a step are unpacked at once, widths that no weight has are not
 //   compiled, those that are frequent are asked for first, and sums of shares are written in few instructions. (All of it spelled
 //   out, 18 KB more, adding up took 5 to 10 us longer, of 80.)
@@ -24,11 +25,12 @@
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cuh; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
-// WORD_ROWS of a stage.
+// WORD_ROWS of a stage, twice as many as a segment has at most.
 
 constexpr int STEP = 64;  // channels: two segments
 constexpr int X_BYTES = TOKENS * 128;
-constexpr int MOST_BITS = WORD_ROWS / 2;  // of a segment: what no weight has is not compiled, as what is read of code counts as well
+constexpr int MOST_BITS = WORD_ROWS / 2;  // of a segment: code for more is left out, which makes the rest faster to fetch
+constexpr bool FLOATS = DTYPE == 0 && MOST_BITS >= 8;  // whether there may be codes that do not fit into halves of registers
 constexpr int ROW_BYTES = 544;  // of 128 words, and some more: eight rows of four word rows are in 32 banks
 constexpr int TAIL_WORDS = 2 * (32 + 16);  // of every segment: zero points of 128 rows, scales
 constexpr int TAIL_AT = X_BYTES + WORD_ROWS * ROW_BYTES, GRIDS_AT = TAIL_AT + TAIL_WORDS * 4;
@@ -292,7 +294,7 @@ constexpr bool IN_HALVES = BITS < 8 || (BITS == 8 && DTYPE == 1);
 
 // float16 has few small numbers, so its weights are that much larger until they have been multiplied; but not if some of
 // them are stored as float16, which may be as large as that gets.
-constexpr float LARGER = DTYPE == 1 && WORD_ROWS <= 16 ? 64.0f : 1.0f;
+constexpr float LARGER = DTYPE == 1 && MOST_BITS < 16 ? 64.0f : 1.0f;
 
 __device__ __forceinline__ u32 dequantized(u32 codes, u32 zeros, u32 steps) {
     u32 v;
@@ -322,7 +324,7 @@ __device__ __forceinline__ void find_grids(int bits, const u32* tail, int lane, 
         float power;
         asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fmaf(-0.25f, code, 0.25f * 8388608.0f)));
         const float step = scale * scales[j] * power;
-        if (DTYPE == 0 && MOST_BITS >= 8 && bits == 8) found[j] = make_uint2(__byte_perm(zeros, 0x4B000000, 0x7440 + j), __float_as_uint(step));
+        if (FLOATS && bits == 8) found[j] = make_uint2(__byte_perm(zeros, 0x4B000000, 0x7440 + j), __float_as_uint(step));
         else found[j] = make_uint2(__byte_perm(zeros, MAGIC, 0x5050 + 0x101 * j), two_numbers(step, step));
     }
     to[lane] = make_uint4(found[0].x, found[0].y, found[1].x, found[1].y);
@@ -410,7 +412,7 @@ __device__ __forceinline__ void unpack_step(const int4& even, const int4& odd, c
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             if (s == 0) to[0][i / 4][i % 4] = one[0][i / 4][i % 4];
-            to[1][i / 4][i % 4] = one[0][i / 4][i % 4];
+            to[1][i / 4][i % 4] = one[0][i / 4][i % 4];  // of the even one, too, until the odd one takes its place
         }
     }
 }
@@ -556,11 +558,12 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // The warps that multiply: a step is unpacked while the other group multiplies. `last`: the stage of the step before, -1: there was
-// none. It may be written again when the next step is ready, also beyond the end of a share: then all who prepare have seen that
-// it was full.
+// none. It may be written again when its products are done, and the next step is ready, also beyond the end of a share: then all
+// who prepare have seen that it was full.
 __device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, int& last,
                                                float (&d)[TOKENS / 2]) {
-    const int never = share.steps >> 31;  // 0, which nobody knows
+    int never = 0;  // which nobody knows
+    asm volatile("" : "+r"(never));
     int speaks = threadIdx.x % 32 == 0;
     u32 ring = address(room.ring), ready = room.ready, empty = room.empty;
     asm volatile("" : "+r"(speaks), "+r"(ring), "+r"(ready), "+r"(empty));  // as in Lane: they stay in registers
@@ -587,6 +590,7 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
         if (k + 1 < share.steps) step(k + 1, other, one);
     }
     wait_for_all_but<0>();
+    have_been_read(one, never, ring), have_been_read(other, never, ring);
     settle(d);
 }
 
@@ -602,7 +606,7 @@ __device__ __forceinline__ u32 arrive_after(u32* arrived) {
 // Leave what was found of a tile for whoever comes last; that is who adds up all of it, always in the same order. The first two
 // may change places, so who is one of them starts with what it has found itself.
 __device__ __forceinline__ bool add_up(const Args& a, const Share& share, u32& before, float (&d)[TOKENS / 2]) {
-    constexpr int TOGETHER = PIECES % 16 == 0 ? 16 : PIECES % 2 ? 1 : 2;
+    constexpr int TOGETHER = PIECES % 16 == 0 ? 16 : PIECES % 2 ? 1 : 2;  // loads under way: as many as there are registers for
     float4* found = a.found + (size_t)share.slot * a.most_splits * PIECES * MULTIPLIERS + threadIdx.x;
     float4* own = found + share.split * PIECES * MULTIPLIERS;
 #pragma unroll
@@ -661,7 +665,7 @@ __device__ __forceinline__ void load_units(const Args& a, const Room& room) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
-    extern __shared__ __align__(1024) char shared[];
+    extern __shared__ __align__(128) char shared[];  // more would be added to what the kernel declares itself
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
     __shared__ u32 before;  // shares of a tile that had arrived when this one did
     Room room;

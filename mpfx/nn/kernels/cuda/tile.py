@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpfx.nn.kernels.cuda.nvrtc import Launch, kernel
+from mpfx.nn.kernels.cuda.nvrtc import Launch, kernel, last_captured
 from mpfx.nn.kernels.cuda.weights import Weight, address, order_bytes, segments_of, weight_argument, weight_macros
 from mpfx.nn.layout import LEFT_OUT, RAW_BITS, Layout
 from mpfx.nn.packing import PackedWeight
@@ -121,12 +121,13 @@ class Tile:
         )  # fmt: skip
         stage, stages = _stages(self.tokens, _word_rows(layout), steps)
         macros = (
-            *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0), ("LAST", 0),
+            *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
             ("WORD_ROWS", _word_rows(layout)), ("ORDER", order_bytes(order)),
         )  # fmt: skip
         arrange, run = (kernel("tile.cu", name, macros, x.device.index) for name in ("arrange", "tile"))
-        arrange(Launch((columns * self.tokens // 2, 1), _ARRANGERS, 4 * layout.in_features, early=True), arguments)
+        early = last_captured() is not None  # behind another kernel; without a graph, launching takes longer anyway
+        arrange(Launch((columns * self.tokens // 2, 1), _ARRANGERS, 4 * layout.in_features, early=early), arguments)
         shared = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * steps
         run(Launch((min(shares, _processors(x.device)), 1), _THREADS, shared, early=True), arguments)
 

@@ -17,6 +17,7 @@ from mpfx.nn.kernels.cuda.decode import Cut, decode
 from mpfx.nn.kernels.cuda.expand import Chunks
 from mpfx.nn.kernels.cuda.kept import cache_folder
 from mpfx.nn.kernels.cuda.tile import Part, Tile, unpacks_in_registers
+from mpfx.nn.kernels.cuda.weights import address
 from tests.nn.test_packing import random_weight
 
 pytestmark = [
@@ -29,6 +30,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LAYOUTS = [Layout(96, (bits,) * 3, 32) for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16)] + [
     Layout(200, (8, 6, 5, 5, 3, 1, 0), 64),
     Layout(256, (16, 7, 4, 4, 3, 2, 2, 0), None),
+    Layout(333, (5,) * 6 + (0,) + (3,) * 4, 64),
     Layout(4096, (6,) * 20 + (5,) * 30 + (4,) * 40 + (3,) * 38, 64),
 ]
 
@@ -186,10 +188,11 @@ def leave_shared_memory_dirty() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 7, 8, 16])
 def test_what_is_pruned_behind_the_last_survivor_is_zero(bits: int) -> None:
-    """The survivors of the second 32 rows end with the 32nd block of them, and the last channels are pruned."""
+    """Of the second 32 rows, a segment's end with their 32nd block, before the last channels; another has none."""
     weight = random_weight(Layout(64, (bits,) * 2, 32), 64, coded=True, density=0.5)
     kept = torch.ones(64, 2, 32, dtype=torch.bool)
     kept[0, :, :24] = kept[63, :, 24:] = False  # 1000 and 1016 of a segment
+    kept[32:, 1] = False  # nothing, after 1000
     codes = torch.randint(0, 2 ** min(bits, 14), (64, 64), dtype=torch.int32)
     weight = replace(weight, codes=codes * kept.flatten(1), kept=kept.flatten(1))
     dense, packed = weight.dequantize().double().cuda(), on_device(pack(weight))
@@ -220,8 +223,16 @@ def test_several_weights_at_once_give_what_each_gives_alone(rows: int, dtype: to
         assert float((found.double() - wanted.double()).norm()) <= TOLERANCE[dtype] * float(wanted.double().norm())
 
 
-def test_kernels_that_follow_each_other_in_a_graph_wait_for_each_other() -> None:
+def test_kernels_that_follow_each_other_in_a_graph_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """One starts while the one before it runs, and reads its result all the same."""
+    monkeypatch.undo()  # memory that is poisoned would come between them
+    early, config = [], nvrtc.Kernel._config
+
+    def seen(kernel: nvrtc.Kernel, launch: nvrtc.Launch) -> Any:
+        early.append(launch.early)
+        return config(kernel, launch)
+
+    monkeypatch.setattr(nvrtc.Kernel, "_config", seen)
     layout = Layout(1024, (4,) * 32, 64)
     layers = [on_device(pack(random_weight(layout, 1024, coded=True))) for _ in range(6)]
     order = torch.randperm(1024).to(torch.uint16).cuda()
@@ -233,6 +244,7 @@ def test_kernels_that_follow_each_other_in_a_graph_wait_for_each_other() -> None
         return x
 
     check_replays(run, x, run(x))
+    assert sum(early) == 4  # all that were captured, but for the first one, and the one behind another kernel
 
 
 def check_replays(run: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> None:
@@ -327,8 +339,11 @@ def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("parts", [(Part(4, 1), Part(4, 2)), (Part(2, 1), Part(2, 3), Part(4, 8))], ids=str)
-def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tuple[Part, ...]) -> None:
+def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(
+    parts: tuple[Part, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights are read while activations are put in order, where those of the layer before were."""
+    monkeypatch.undo()  # memory that is poisoned would come between them
     layers = [on_device(pack(random_weight(Layout(1024, (4,) * 32, 64), 1024, coded=True))) for _ in range(4)]
     order = torch.randperm(1024).to(torch.uint16).cuda()
     x = torch.randn(600, 1024, dtype=torch.bfloat16, device="cuda")
@@ -349,34 +364,47 @@ def test_tiles_that_follow_each_other_in_a_graph_wait_for_each_other(parts: tupl
     check_replays(run, x, expected)
 
 
+LATE = """
+struct Args { const int* from; int* to; int words; };
+extern "C" __global__ void late(const __grid_constant__ Args a) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    const long long start = clock64();
+    while (clock64() - start < 100000) {}
+    for (int i = threadIdx.x; i < a.words; i += blockDim.x) a.to[i] = a.from[i];
+}
+"""
+
+
 @pytest.mark.usefixtures("hopper")
-def test_tiles_wait_for_whoever_writes_what_they_read() -> None:
-    """Kernels that start early: weights, order and activations may have been written by the kernel before."""
+def test_tiles_wait_for_whoever_writes_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel before lets them start, and only then writes weights, activations, or their order."""
+    monkeypatch.undo()  # memory that is poisoned would come between them
     weight = random_weight(LAYOUTS[-1], 1024, coded=True)
-    packed, new = (on_device(pack(weight.rows(rows))) for rows in (slice(512), slice(512, 1024)))
-    order, later = (torch.arange(4096).to(torch.uint16).cuda(), torch.randperm(4096).to(torch.uint16).cuda())
-    x, given = torch.empty(2, 300, 4096, dtype=torch.bfloat16, device="cuda").normal_()
-    cut = Tile(256, (Part(4, 2),))
-
-    def product(weight: PackedWeight, order: Tensor, x: Tensor) -> Tensor:
-        out = torch.empty(300, 512, dtype=torch.bfloat16, device="cuda")
-        cut.multiply(x, weight, order, None, out)
-        return out
-
-    expected = product(new, later, given)
-    held, wanted = ([part for part in of.parts.values() if part is not None] for of in (packed, new))
-    held, wanted = [*held, order, x], [*wanted, later, given]
-    before = [torch.zeros_like(part) for part in held]
-
-    def run(_: Tensor) -> Tensor:
-        for part, old in zip(held, before, strict=True):
-            part.copy_(old)
-        torch.cuda._sleep(1 << 18)
-        for part, new in zip(held, wanted, strict=True):
-            part.copy_(new)
-        return product(packed, order, x)
-
-    check_replays(run, x, expected)
+    held, wanted = (on_device(pack(weight.rows(rows))) for rows in (slice(512), slice(512, 1024)))
+    orders = [torch.arange(4096).to(torch.uint16).cuda(), torch.randperm(4096).to(torch.uint16).cuda()]
+    xs = torch.randn(2, 300, 4096, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(300, 512, dtype=torch.bfloat16, device="cuda")
+    cut, device = Tile(256, (Part(4, 2),)), torch.cuda.current_device()
+    cut.multiply(xs[1], wanted, orders[1], None, out)
+    expected = out.clone()
+    fields = [("start", ctypes.c_void_p), ("to", ctypes.c_void_p), ("words", ctypes.c_int)]
+    arguments, write = type("Copy", (ctypes.Structure,), {"_fields_": fields}), nvrtc._load(LATE, "late", (), device)
+    pairs = [(held.codes, wanted.codes), (orders[0], orders[1]), (xs[0], xs[1])]
+    for old, new in pairs:  # the one that is written last, all others being there
+        for part, other in zip(held.parts.values(), wanted.parts.values(), strict=True):
+            if part is not None and other is not None:
+                part.copy_(other)
+        orders[0].copy_(orders[1]), xs[0].copy_(xs[1])
+        kept = new.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            old.view(torch.uint8).zero_()
+            write(nvrtc.Launch((1, 1), 1024, 0), arguments(address(kept), address(old), kept.nbytes // 4))
+            cut.multiply(xs[0], held, orders[0], None, out)
+        for _ in range(5):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, expected)
 
 
 @pytest.mark.usefixtures("hopper")

@@ -77,6 +77,7 @@ def test_blocks_have_the_shared_memory_that_they_ask_for(channels: int, monkeypa
     launches: list[Launch] = []
     monkeypatch.setattr(tile, "kernel", lambda *_: lambda launch, arguments: launches.append(launch))
     monkeypatch.setattr(tile, "_processors", lambda _: 132)
+    monkeypatch.setattr(tile, "last_captured", lambda: None)
     segments = -(-channels // 32)
     layout = Layout(channels, ((6, 5, 4, 3) * segments)[:segments], 32)
     weight, x = pack(random_weight(layout, 4, coded=True)), torch.empty(512, channels, dtype=torch.bfloat16)
@@ -153,7 +154,8 @@ def test_processors_take_shares_in_turn() -> None:
     assert rounds(tile.Part(2, 1), tile.Part(1, 1)) == 1  # the second part starts where the first one leaves room
 
 
-def test_a_launch_knows_where_its_parts_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [None, 1])
+def test_a_launch_knows_where_its_parts_start(before: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Launch, tile.Arguments]] = []
 
     def kernel(_: str, name: str, *__: object) -> Callable[[Launch, tile.Arguments], None]:
@@ -161,13 +163,17 @@ def test_a_launch_knows_where_its_parts_start(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tile, "kernel", kernel)
     monkeypatch.setattr(tile, "_processors", lambda _: 20)
+    monkeypatch.setattr(tile, "last_captured", lambda: before)
     weight, x = pack(random_weight(LAYOUT, 516, coded=True)), torch.empty(300, 500, dtype=torch.bfloat16)
     cut = tile.Tile(256, (tile.Part(2, 1), tile.Part(3, 3)))
     cut.multiply(x, weight, None, None, torch.empty(300, 516, dtype=torch.bfloat16))
     (arrange, first, same), (name, launch, given) = calls
     assert (arrange, name) == ("arrange", "tile")
     assert same is given
-    assert [(of.grid, of.cluster, of.early) for of in (first, launch)] == [((256, 1), 1, True), ((20, 1), 1, True)]
+    assert [(of.grid, of.cluster, of.early) for of in (first, launch)] == [
+        ((256, 1), 1, before is not None),
+        ((20, 1), 1, True),
+    ]
     assert [given.steps, given.columns, given.shares, given.slots, given.most_splits] == [8, 2, 4 + 18, 6, 3]
     parts = [(part.tile, part.share, part.slot, part.tiles, part.splits) for part in given.parts]
     assert parts[:2] == [(0, 0, 0, 2, 1), (2, 4, 0, 3, 3)]
