@@ -1,8 +1,10 @@
 """What solves weights where: kernels, or PyTorch."""
 
 import logging
+import os
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 
@@ -33,8 +35,15 @@ def prepare(config: GridConfig, sparsity: Sparsity, refined: bool, device: torch
 
 @cache
 def _has_triton() -> bool:
-    """Whether Triton is there, which comes with PyTorch's CUDA builds for Linux."""
-    found = find_spec("triton") is not None
-    if not found:
-        logger.warning("Triton is not installed: weights are solved channel by channel in PyTorch, many times slower.")
-    return found
+    """Whether there is Triton, which comes with PyTorch's CUDA builds for Linux, and a compiler, which it needs."""
+    if find_spec("triton") is None:
+        lacks = "Triton is not installed"
+    elif not (os.environ.get("CC") or any(map(which, _COMPILERS))):
+        lacks = f"Triton needs a C compiler, but there is none of {', '.join(_COMPILERS)}, nor does CC name one"
+    else:
+        return True
+    logger.warning("%s: weights are solved channel by channel in PyTorch, many times slower.", lacks)
+    return False
+
+
+_COMPILERS = ("gcc", "clang", "cc")
