@@ -11,6 +11,7 @@ constexpr int EMPTY_UNITS = 0;
 struct Planned {
     int4 unit;
 };
+static_assert(sizeof(Planned) == 16 && ROOM_BYTES == 256, "decode.py makes room for so much");
 
 __device__ __forceinline__ int row_of(int g, int j) { return 4 * g + j; }
 

@@ -30,6 +30,7 @@ struct Planned {
     u32 kind;                                    // bits, 0: there is no such unit; MORE, LAST_ONE, SINGLE; GRID_BITS; from bit
                                                  // 16 on, the grid
 };
+static_assert(sizeof(Planned) == 48 && ROOM_BYTES == 3168, "decode.py makes room for so much");
 
 __device__ __forceinline__ int row_of(int g, int j) { return g + j * BETWEEN_ROWS; }
 
