@@ -92,7 +92,9 @@ def compiler_flags_set(value: bool = True) -> Iterator[None]:
 
 def fake_mode(env: ShapeEnv) -> FakeTensorMode:
     """A mode in which tensors have sizes and types but no values; real weights may take part."""
-    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # to keep a result under symbolic sizes takes longer than to compute it: up to four times
+    return mode
 
 
 def dynamic_fake(mode: FakeTensorMode, tensor: Tensor, static: Collection[int] = ()) -> FakeTensor:

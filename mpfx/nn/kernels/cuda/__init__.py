@@ -3,11 +3,12 @@
 Up to eight rows of activations are multiplied with the packed words themselves (``decode.cu``, or under a bitmask
 ``decode_masked.cu``). For more, the weight is unpacked in registers, tile by tile, on its way to the tensor cores
 (``tile.cu``, on Hopper GPUs), or in chunks that torch multiplies, one after the other (``expand.cu``): whichever was
-measured to be faster.
+measured to be faster. Five to eight rows are multiplied either way, where tiles are possible: by what was faster.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +18,16 @@ from mpfx.nn.kernels.cuda.decode import alike, decode, room_for
 from mpfx.nn.kernels.cuda.expand import Chunks, chunks_for
 from mpfx.nn.kernels.cuda.tile import Tile, tiles_for
 from mpfx.nn.kernels.cuda.tune import fastest
+from mpfx.nn.kernels.cuda.weights import described
 from mpfx.nn.packing import PackedWeight
 
+R = TypeVar("R")
+
 DECODE_ROWS = 8
-"""Up to so many rows of activations are multiplied straight from the packed words."""
+"""Up to so many rows of activations can be multiplied straight from the packed words."""
+
+SURE_ROWS = 4
+"""Up to so many rows, nothing is faster than that."""
 
 TILE_ROWS = 1024
 """Up to so many rows, without a measurement, the weight is rather unpacked in registers than in memory."""
@@ -51,20 +58,20 @@ def cuda_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bia
         bias: ``(out,)`` or None.
 
     Returns:
-        ``(rows, out)`` in the dtype of ``x``. Up to eight rows are rounded to integers of 22 bits relative to the
-        largest activation of their row (30 bits, if they are float32), and all that follows is exact up to sums in
-        float32; a row with an activation that is not finite comes out as NaN. With more rows the weight is rounded to
-        the dtype of ``x``.
+        ``(rows, out)`` in the dtype of ``x``. Up to eight rows, where they are multiplied with the packed words, are
+        rounded to integers of 22 bits relative to the largest activation of their row (30 bits, if they are float32),
+        and all that follows is exact up to sums in float32; a row with an activation that is not finite comes out as
+        NaN. With more rows, and with five to eight where that is faster, the weight is rounded to the dtype of ``x``.
     """
-    x = x.contiguous()
-    order, most = _order(permutation), _most_rows(x, weight)
+    x, order = x.contiguous(), _order(permutation)
     with torch.cuda.device(x.device):
-        if len(x) > DECODE_ROWS or most == 0:
+        if len(x) > DECODE_ROWS or not _most_rows(x, weight):
             return _multiply_many(x, weight, order, bias)
-        if len(x) <= most:
-            return decode(x, [weight], order, [bias])[0]
-        parts = x.chunk(-(-len(x) // most))
-        return torch.cat([decode(part, [weight], order, [bias])[0] for part in parts])
+        if _surely_decoded(x, [weight]):
+            return _multiply_few(x, weight, order, bias)
+        ways = {"decode": lambda: _multiply_few(x, weight, order, bias),
+                "tile": lambda: _multiply_many(x, weight, order, bias)}  # fmt: skip
+        return _by_the_fastest(ways, x, [weight])
 
 
 def cuda_linears(
@@ -78,11 +85,27 @@ def cuda_linears(
         permutation: of all of them.
         biases: one ``(out,)`` or None for every weight.
     """
-    x = x.contiguous()
-    if len(weights) <= MOST_SITES and _decodable(x, weights) and alike(x, weights):
-        with torch.cuda.device(x.device):
-            return decode(x, weights, _order(permutation), biases)
-    return [cuda_linear(x, weight, permutation, bias) for weight, bias in zip(weights, biases, strict=True)]
+    x, order = x.contiguous(), _order(permutation)
+
+    def together() -> list[Tensor]:
+        return decode(x, weights, order, biases)
+
+    def apart() -> list[Tensor]:
+        return [cuda_linear(x, weight, order, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    if len(weights) > MOST_SITES or not _decodable(x, weights) or not alike(x, weights):
+        return apart()
+    with torch.cuda.device(x.device):
+        if _surely_decoded(x, weights):
+            return together()
+        return _by_the_fastest({"together": together, "apart": apart}, x, weights)
+
+
+def _multiply_few(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The product straight from the packed words, of as many rows at once as there is room for."""
+    parts = x.chunk(-(-len(x) // _most_rows(x, weight)))
+    products = [decode(part, [weight], order, [bias])[0] for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def _multiply_many(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -96,6 +119,15 @@ def _multiply_many(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: 
     way = fastest(key, ways, lambda way: way.multiply(x, weight, order, bias, out), x.device)
     way.multiply(x, weight, order, bias, out)
     return out
+
+
+def _by_the_fastest(ways: Mapping[str, Callable[[], R]], x: Tensor, weights: Sequence[PackedWeight]) -> R:
+    chosen = fastest(described(x, weights), tuple(ways), lambda way: ways[way](), x.device)
+    return ways[chosen]()
+
+
+def _surely_decoded(x: Tensor, weights: Sequence[PackedWeight]) -> bool:
+    return len(x) <= SURE_ROWS or not any(tiles_for(x, weight) for weight in weights)
 
 
 def _decodable(x: Tensor, weights: Sequence[PackedWeight]) -> bool:

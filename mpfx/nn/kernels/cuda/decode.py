@@ -17,6 +17,7 @@ from mpfx.nn.kernels.cuda.weights import (
     ROWS,
     Weight,
     address,
+    described,
     masked,
     order_bytes,
     segments_of,
@@ -166,10 +167,8 @@ def _choose(x: Tensor, weights: Sequence[PackedWeight], order: Tensor | None) ->
     """The fastest of a few cuts; measured once for sizes and a device, and kept on disk."""
     candidates = _cuts(x, weights)
     outs = [torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
-    sizes = ", ".join(f"{w.out_features} of {round(w.layout.code_bits * 4) / 4} bits" for w in weights)
-    kind = "masked" if weights[0].mask is not None else "full"
-    key = f"decode {sizes} x {x.shape[1]}, {kind}, {len(x)} of {x.dtype}".replace("torch.", "")
     none = [None] * len(weights)
+    key = f"decode {described(x, weights)}"
     return fastest(key, candidates, lambda cut: _launch(x, weights, order, none, outs, cut), x.device)
 
 

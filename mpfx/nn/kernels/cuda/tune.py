@@ -19,7 +19,7 @@ _REPEATS = 5
 _AHEAD = 32  # fillings of memory that keep the device busy, about a millisecond, until what is timed has been launched
 
 
-def fastest(key: str, candidates: Sequence[T], run: Callable[[T], None], device: torch.device) -> T:
+def fastest(key: str, candidates: Sequence[T], run: Callable[[T], object], device: torch.device) -> T:
     """The candidate that runs shortest.
 
     Measured at the first call with a key on a kind of device, with caches that hold nothing of use, and kept for later
@@ -43,7 +43,7 @@ def fastest(key: str, candidates: Sequence[T], run: Callable[[T], None], device:
     return candidates[times.index(min(times))]
 
 
-def _times(candidates: Sequence[T], run: Callable[[T], None], device: torch.device) -> list[float]:
+def _times(candidates: Sequence[T], run: Callable[[T], object], device: torch.device) -> list[float]:
     other = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     times = []
     for candidate in candidates:

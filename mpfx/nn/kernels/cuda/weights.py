@@ -1,6 +1,7 @@
 """What kernels on packed weights get from the host: pointers, what is known when they are compiled, and tables."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,6 +56,13 @@ def weight_macros(x: Tensor, weight: PackedWeight) -> tuple[tuple[str, int], ...
         ("ALIGNED", int(aligned)),
         ("LAST", last_word(layout.in_features)),
     )
+
+
+def described(x: Tensor, weights: Sequence[PackedWeight]) -> str:
+    """What times of products with few rows depend on, as choices of the fastest way are kept by it."""
+    sizes = ", ".join(f"{w.out_features} of {round(w.layout.code_bits * 4) / 4} bits" for w in weights)
+    kind = "full" if weights[0].mask is None else "masked"
+    return f"{sizes} x {x.shape[1]}, {kind}, {len(x)} of {x.dtype}".replace("torch.", "")
 
 
 def order_bytes(order: Tensor | None) -> int:

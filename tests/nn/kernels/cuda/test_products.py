@@ -48,6 +48,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison)
 
 
+@pytest.fixture(autouse=True)
+def few_rows_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is faster on this device."""
+    monkeypatch.setattr(cuda, "SURE_ROWS", cuda.DECODE_ROWS)
+
+
 @pytest.fixture
 def hopper() -> None:
     """Skip on other GPUs."""
@@ -446,6 +452,42 @@ def test_more_vectors_than_fit_are_multiplied_one_part_after_the_other(monkeypat
     x = torch.randn(7, 256, device="cuda")
     monkeypatch.setattr(cuda, "room_for", lambda *arguments: 3)
     agrees(x, weight.dequantize().double().cuda(), on_device(pack(weight)), None, None)
+
+
+@pytest.mark.parametrize("way", ["decode", "tile"])
+@pytest.mark.parametrize("together", ["together", "apart"])
+@pytest.mark.usefixtures("hopper")
+def test_five_to_eight_rows_are_multiplied_either_way(
+    way: str, together: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPFX_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "SURE_ROWS", 4)
+    fastest, chosen = tune.fastest, []
+
+    def choose(key: str, candidates: tuple[Any, ...], run: Callable[[Any], object], device: torch.device) -> Any:
+        found = next((c for c in candidates if c in (way, together)), None)
+        if found is None:
+            return fastest(key, candidates, run, device)
+        for candidate in candidates:  # as what measures does
+            run(candidate)
+        chosen.append(found)
+        return found
+
+    monkeypatch.setattr(cuda, "fastest", choose)
+    weights = [random_weight(LAYOUTS[-1], out, coded=True) for out in (512, 256)]
+    packed, dense = [on_device(pack(w)) for w in weights], [w.dequantize().double().cuda() for w in weights]
+    order = torch.randperm(4096).to(torch.uint16).cuda()
+    bias = torch.randn(512, dtype=torch.bfloat16, device="cuda")
+    for rows in (4, 5, 7, 8, 9):
+        chosen.clear()
+        x = torch.randn(rows, 4096, dtype=torch.bfloat16, device="cuda")
+        agrees(x, dense[0], packed[0], order, bias)
+        assert chosen == [way] * (2 if 4 < rows < 9 else 0)
+        alone = [packed_linear(x, w, order, b) for w, b in zip(packed, (bias, None), strict=True)]
+        for one, other in zip(packed_linears(x, packed, order, [bias, None]), alone, strict=True):
+            difference = (one.double() - other.double()).norm() / other.double().norm()
+            assert float(difference) <= TOLERANCE[torch.bfloat16]
+        assert (together in chosen) == (4 < rows < 9)
 
 
 def test_a_mask_that_is_loaded_anew_is_counted_anew() -> None:

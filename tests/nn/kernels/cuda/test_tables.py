@@ -1,12 +1,14 @@
 """What the CUDA kernels get from the host: tables, and files that are kept."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from mpfx.nn import Layout, PackedWeight, pack
+from mpfx.nn.kernels import cuda
 from mpfx.nn.kernels.cuda import _order, tile, tune
 from mpfx.nn.kernels.cuda.decode import unit_table
 from mpfx.nn.kernels.cuda.kept import kept_bytes
@@ -238,3 +240,47 @@ def test_choices_of_other_kernels_are_measured_anew(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tune, "_kernels", lambda: "others")
     assert chosen([1.0, 2.0]) == "one"
     tune._chosen.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles", "fastest", "alone", "several"),
+    [
+        (4, True, ("tile", "apart"), ["decode 4"], ["decode 4, 4"]),
+        (5, True, ("tile", "apart"), ["many 5"], ["many 5", "many 5"]),
+        (8, True, ("decode", "apart"), ["decode 8"], ["decode 8", "decode 8"]),
+        (8, True, ("tile", "together"), ["many 8"], ["decode 8, 8"]),
+        (8, False, ("tile", "apart"), ["decode 8"], ["decode 8, 8"]),
+        (9, True, ("decode", "together"), ["many 9"], ["many 9", "many 9"]),
+    ],
+)
+def test_few_rows_are_multiplied_by_what_was_faster(
+    rows: int, tiles: bool, fastest: tuple[str, str], alone: list[str], several: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ran: list[str] = []
+
+    def decode(x: torch.Tensor, weights: list[PackedWeight], *_: object) -> list[torch.Tensor]:
+        ran.append("decode " + ", ".join([str(len(x))] * len(weights)))
+        return [x] * len(weights)
+
+    def many(x: torch.Tensor, *_: object) -> torch.Tensor:
+        ran.append(f"many {len(x)}")
+        return x
+
+    fakes = {
+        "decode": decode,
+        "_multiply_many": many,
+        "room_for": lambda *_: 8,
+        "tiles_for": lambda *_: [None] * tiles,
+        "fastest": lambda _, candidates, *__: next(c for c in candidates if c in fastest),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    weight = pack(random_weight(LAYOUT, 64, coded=True))
+    x = torch.randn(rows, LAYOUT.in_features, dtype=torch.bfloat16)
+    cuda.cuda_linear(x, weight, None, None)
+    assert ran == alone
+    ran.clear()
+    assert len(cuda.cuda_linears(x, [weight, weight], None, [None, None])) == 2
+    assert ran == several
