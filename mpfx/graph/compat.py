@@ -93,7 +93,7 @@ def compiler_flags_set(value: bool = True) -> Iterator[None]:
 def fake_mode(env: ShapeEnv) -> FakeTensorMode:
     """A mode in which tensors have sizes and types but no values; real weights may take part."""
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    mode.cache_enabled = False  # to keep a result under symbolic sizes takes longer than to compute it: up to four times
+    mode.cache_enabled = False  # to keep a result under symbolic sizes takes longer than to compute it
     return mode
 
 

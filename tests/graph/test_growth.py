@@ -32,11 +32,13 @@ INPUTS = {"input_ids": WORDS, "attention_mask": torch.ones_like(WORDS)}
 @contextmanager
 def no_collection() -> Iterator[None]:
     """Garbage stays where it is: its finalisers would count as calls of whoever happens to run."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def work(act: Callable[[], Any]) -> Counter[str]:
@@ -148,6 +150,7 @@ def test_garbage_of_others_is_nobodys_work() -> None:
     try:
         for _ in range(100):
             Cycle()  # garbage that the next collection finalises
+        gc.enable()
         found = work(lambda: made["nest"](10_000))
     finally:
         gc.enable()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpfx.graph import TraceError, bind_inputs, blocks, first_samples, sites, trace
 
@@ -52,6 +53,14 @@ def test_a_traced_model_is_freed_with_its_graph(family: Any) -> None:
     del model, gm
     gc.collect()  # graphs have cycles
     assert gone() is None
+
+
+def test_no_result_is_kept_while_tracing(family: Any) -> None:
+    """Under symbolic sizes that takes longer than to compute it again."""
+    model, sample = family("llama")
+    before = FakeTensorMode.cache_hits, FakeTensorMode.cache_misses
+    trace(model, (), sample(2, 9))
+    assert (FakeTensorMode.cache_hits, FakeTensorMode.cache_misses) == before
 
 
 def test_output_holds_tensors_only(family: Any) -> None:

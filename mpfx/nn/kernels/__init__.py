@@ -5,7 +5,7 @@
 | CPU | up to 8 | packed words times activations (numba, :mod:`mpfx.nn.kernels.cpu`) |
 | CPU | more | chunks of the weight, expanded one after the other |
 | CUDA | up to 8 | packed words times activations (:mod:`mpfx.nn.kernels.cuda`, from compute capability 8.0 on) |
-| CUDA | more | the weight, unpacked in registers (Hopper GPUs), or chunks of it, expanded one after the other |
+| CUDA | more, or fewer if faster | the weight, unpacked in registers (Hopper GPUs), or chunks, one after the other |
 | any other case | any | :func:`reference`: the dense weight, for the length of the call |
 
 All but the last take float32, float16 and bfloat16. An operator, because compilers and CUDA graphs take one as it is.

@@ -3,7 +3,8 @@
 Up to eight rows of activations are multiplied with the packed words themselves (``decode.cu``, or under a bitmask
 ``decode_masked.cu``). For more, the weight is unpacked in registers, tile by tile, on its way to the tensor cores
 (``tile.cu``, on Hopper GPUs), or in chunks that torch multiplies, one after the other (``expand.cu``): whichever was
-measured to be faster. Five to eight rows are multiplied either way, where tiles are possible: by what was faster.
+measured to be faster. Five to eight rows, and fewer that do not fit into shared memory at once, are multiplied either
+way, where tiles are possible: again by what was faster.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ DECODE_ROWS = 8
 """Up to so many rows of activations can be multiplied straight from the packed words."""
 
 SURE_ROWS = 4
-"""Up to so many rows, nothing is faster than that."""
+"""Up to so many rows, all at once, nothing is faster than that."""
 
 TILE_ROWS = 1024
 """Up to so many rows, without a measurement, the weight is rather unpacked in registers than in memory."""
@@ -61,23 +62,24 @@ def cuda_linear(x: Tensor, weight: PackedWeight, permutation: Tensor | None, bia
         ``(rows, out)`` in the dtype of ``x``. Up to eight rows, where they are multiplied with the packed words, are
         rounded to integers of 22 bits relative to the largest activation of their row (30 bits, if they are float32),
         and all that follows is exact up to sums in float32; a row with an activation that is not finite comes out as
-        NaN. With more rows, and with five to eight where that is faster, the weight is rounded to the dtype of ``x``.
+        NaN. With more rows, and with fewer where that is faster, the weight is rounded to the dtype of ``x``.
     """
     x, order = x.contiguous(), _order(permutation)
     with torch.cuda.device(x.device):
-        if len(x) > DECODE_ROWS or not _most_rows(x, weight):
+        most = _most_rows(x, weight)
+        if len(x) > DECODE_ROWS or most == 0:
             return _multiply_many(x, weight, order, bias)
-        if _surely_decoded(x, [weight]):
+        if len(x) <= min(SURE_ROWS, most) or not tiles_for(x, weight):
             return _multiply_few(x, weight, order, bias)
-        ways = {"decode": lambda: _multiply_few(x, weight, order, bias),
-                "tile": lambda: _multiply_many(x, weight, order, bias)}  # fmt: skip
+        ways = {"few": lambda: _multiply_few(x, weight, order, bias),
+                "many": lambda: _multiply_many(x, weight, order, bias)}  # fmt: skip
         return _by_the_fastest(ways, x, [weight])
 
 
 def cuda_linears(
     x: Tensor, weights: Sequence[PackedWeight], permutation: Tensor | None, biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Multiply activations with several packed weights: by one launch, if there are few rows, else one by one.
+    """Multiply activations with several packed weights: few rows by one launch, unless one by one is faster.
 
     Args:
         x: as :func:`cuda_linear` takes them.
@@ -96,7 +98,7 @@ def cuda_linears(
     if len(weights) > MOST_SITES or not _decodable(x, weights) or not alike(x, weights):
         return apart()
     with torch.cuda.device(x.device):
-        if _surely_decoded(x, weights):
+        if len(x) <= SURE_ROWS or not any(tiles_for(x, weight) for weight in weights):
             return together()
         return _by_the_fastest({"together": together, "apart": apart}, x, weights)
 
@@ -124,10 +126,6 @@ def _multiply_many(x: Tensor, weight: PackedWeight, order: Tensor | None, bias: 
 def _by_the_fastest(ways: Mapping[str, Callable[[], R]], x: Tensor, weights: Sequence[PackedWeight]) -> R:
     chosen = fastest(described(x, weights), tuple(ways), lambda way: ways[way](), x.device)
     return ways[chosen]()
-
-
-def _surely_decoded(x: Tensor, weights: Sequence[PackedWeight]) -> bool:
-    return len(x) <= SURE_ROWS or not any(tiles_for(x, weight) for weight in weights)
 
 
 def _decodable(x: Tensor, weights: Sequence[PackedWeight]) -> bool:

@@ -44,10 +44,11 @@ def fastest(key: str, candidates: Sequence[T], run: Callable[[T], object], devic
 
 
 def _times(candidates: Sequence[T], run: Callable[[T], object], device: torch.device) -> list[float]:
+    for candidate in candidates:
+        run(candidate)  # compiles it, and measures what it chooses itself
     other = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     times = []
     for candidate in candidates:
-        run(candidate)  # compiles it
         found = []
         for _ in range(_REPEATS):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -242,45 +243,85 @@ def test_choices_of_other_kernels_are_measured_anew(tmp_path: Path, monkeypatch:
     tune._chosen.cache_clear()
 
 
+@dataclass
+class Choices:
+    """Stands in for the kernels and for what measures them: keeps what ran and what was asked."""
+
+    room: int
+    tiles: bool
+    fastest: tuple[str, str]
+    ran: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def decode(self, x: torch.Tensor, weights: list[PackedWeight], *_: object) -> list[torch.Tensor]:
+        self.ran.append("few " + ", ".join([str(len(x))] * len(weights)))
+        return [x] * len(weights)
+
+    def many(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        self.ran.append(f"many {len(x)}")
+        return x
+
+    def choose(self, key: str, candidates: tuple[str, ...], *_: object) -> str:
+        assert candidates in (("few", "many"), ("together", "apart"))  # unmeasured, the first one runs
+        self.keys.append(key)
+        return next(c for c in candidates if c in self.fastest)
+
+    def put(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fakes = {
+            "decode": self.decode,
+            "_multiply_many": self.many,
+            "room_for": lambda *_: self.room,
+            "tiles_for": lambda *_: [None] * self.tiles,
+            "fastest": self.choose,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+
+def activations(rows: int) -> torch.Tensor:
+    return torch.randn(rows, LAYOUT.in_features, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    ("rows", "tiles", "fastest", "alone", "several"),
+    ("rows", "choices", "alone", "several"),
     [
-        (4, True, ("tile", "apart"), ["decode 4"], ["decode 4, 4"]),
-        (5, True, ("tile", "apart"), ["many 5"], ["many 5", "many 5"]),
-        (8, True, ("decode", "apart"), ["decode 8"], ["decode 8", "decode 8"]),
-        (8, True, ("tile", "together"), ["many 8"], ["decode 8, 8"]),
-        (8, False, ("tile", "apart"), ["decode 8"], ["decode 8, 8"]),
-        (9, True, ("decode", "together"), ["many 9"], ["many 9", "many 9"]),
+        (4, Choices(8, True, ("many", "apart")), ["few 4"], ["few 4, 4"]),
+        (5, Choices(8, True, ("many", "apart")), ["many 5"], ["many 5", "many 5"]),
+        (8, Choices(8, True, ("few", "apart")), ["few 8"], ["few 8", "few 8"]),
+        (8, Choices(8, True, ("many", "together")), ["many 8"], ["few 8, 8"]),
+        (8, Choices(8, False, ("many", "apart")), ["few 8"], ["few 8, 8"]),
+        (9, Choices(8, True, ("few", "together")), ["many 9"], ["many 9", "many 9"]),
+        (8, Choices(3, True, ("few", "together")), ["few 3", "few 3", "few 2"], ["few 3", "few 3", "few 2"] * 2),
+        (4, Choices(3, True, ("many", "together")), ["many 4"], ["many 4", "many 4"]),
+        (4, Choices(3, False, ("many", "together")), ["few 2", "few 2"], ["few 2", "few 2"] * 2),
+        (1, Choices(0, False, ("few", "together")), ["many 1"], ["many 1", "many 1"]),
     ],
 )
 def test_few_rows_are_multiplied_by_what_was_faster(
-    rows: int, tiles: bool, fastest: tuple[str, str], alone: list[str], several: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    ran: list[str] = []
-
-    def decode(x: torch.Tensor, weights: list[PackedWeight], *_: object) -> list[torch.Tensor]:
-        ran.append("decode " + ", ".join([str(len(x))] * len(weights)))
-        return [x] * len(weights)
-
-    def many(x: torch.Tensor, *_: object) -> torch.Tensor:
-        ran.append(f"many {len(x)}")
-        return x
-
-    fakes = {
-        "decode": decode,
-        "_multiply_many": many,
-        "room_for": lambda *_: 8,
-        "tiles_for": lambda *_: [None] * tiles,
-        "fastest": lambda _, candidates, *__: next(c for c in candidates if c in fastest),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    weight = pack(random_weight(LAYOUT, 64, coded=True))
-    x = torch.randn(rows, LAYOUT.in_features, dtype=torch.bfloat16)
-    cuda.cuda_linear(x, weight, None, None)
-    assert ran == alone
-    ran.clear()
+    rows: int, choices: Choices, alone: list[str], several: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices.put(monkeypatch)
+    weight, x = pack(random_weight(LAYOUT, 64, coded=True)), activations(rows)
+    assert torch.equal(cuda.cuda_linear(x, weight, None, None), x)  # the parts in their order
+    assert choices.ran == alone
+    choices.ran.clear()
     assert len(cuda.cuda_linears(x, [weight, weight], None, [None, None])) == 2
-    assert ran == several
+    assert choices.ran == several
+
+
+def test_choices_are_kept_for_what_makes_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = Choices(8, True, ("few", "together"))
+    choices.put(monkeypatch)
+    layouts = (LAYOUT, Layout(500, (4,) * 16, 64), Layout(480, (4,) * 15, 64))
+    first, fewer_bits, fewer_channels = (pack(random_weight(layout, 64, coded=True)) for layout in layouts)
+    more_rows = pack(random_weight(LAYOUT, 96, coded=True))
+    x = activations(8)
+    for activated, weight in (
+        (x, first), (x[:7], first), (x.half(), first), (x, fewer_bits), (x[:, :480], fewer_channels), (x, more_rows),
+    ):  # fmt: skip
+        cuda.cuda_linear(activated, weight, None, None)
+    cuda.cuda_linears(x, [first, more_rows], None, [None, None])
+    assert len(set(choices.keys)) == len(choices.keys) == 7
+    cuda.cuda_linear(activations(8), first, None, None)
+    assert choices.keys[-1] == choices.keys[0]
