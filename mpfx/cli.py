@@ -181,7 +181,7 @@ def _evaluate(options: Namespace) -> int:
         options.trainer,
         progress=options.progress and not options.json,
         trust_remote_code=options.trust_remote_code,
-        filled=options.fill_masks,
+        fill_masks=options.fill_masks,
     )
     if not _first():
         return 0

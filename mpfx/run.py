@@ -18,7 +18,7 @@ from mpfx.hub.checkpoint import is_checkpoint, load, save, tensor_bytes
 from mpfx.hub.source import Source, load_model
 from mpfx.lm import CausalLM, EvaluationData, TextDataModule
 from mpfx.lm import evaluate as validate
-from mpfx.nn import fill_masks
+from mpfx.nn import fill_masks as fill_all_masks
 from mpfx.passes import LocateSites, Pass, SolvedGroup
 from mpfx.report import AllocationReport, Report, peak_memory_bytes
 from mpfx.session import (
@@ -106,7 +106,7 @@ def evaluate(
     *,
     progress: bool = True,
     trust_remote_code: bool = False,
-    filled: bool = False,
+    fill_masks: bool = False,
 ) -> dict[str, Any]:
     """Measure the perplexity of an mpfx checkpoint, or of any model that :func:`compress` takes.
 
@@ -116,7 +116,7 @@ def evaluate(
         trainer: that runs the model.
         progress: whether to show a progress bar.
         trust_remote_code: whether to run code that comes with the model.
-        filled: whether bitmasks are filled after loading (:func:`mpfx.fill_masks`).
+        fill_masks: whether bitmasks are filled after loading (:func:`mpfx.fill_masks`).
 
     Returns:
         ``model``, ``perplexity``, ``loss`` (nats per token), ``tokens`` scored, ``bytes`` of the weight tensors as they
@@ -131,7 +131,7 @@ def evaluate(
         data = TextDataModule(source.tokenizer, evaluation=evaluation)
         data.setup("validate")
         check_shares(trainer, evaluation=data.val_dataloader())
-        if filled and not fill_masks(source.model):
+        if fill_masks and not fill_all_masks(source.model):
             raise ValueError(
                 f"Expected weights under a bitmask in {model}, to fill, but there is none: leave out `fill_masks`."
             )

@@ -13,6 +13,8 @@ from mpfx.solve.mask import Sparsity
 
 logger = logging.getLogger("mpfx.solve")
 
+_COMPILERS = ("gcc", "clang", "cc")  # that Triton looks for, unless CC names one
+
 
 def has_kernels(device: torch.device) -> bool:
     """Whether a device has kernels: CUDA devices do, with Triton."""
@@ -44,6 +46,3 @@ def _has_triton() -> bool:
         return True
     logger.warning("%s: weights are solved channel by channel in PyTorch, many times slower.", lacks)
     return False
-
-
-_COMPILERS = ("gcc", "clang", "cc")

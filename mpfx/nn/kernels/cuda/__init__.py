@@ -28,7 +28,7 @@ DECODE_ROWS = 8
 """Up to so many rows of activations can be multiplied straight from the packed words."""
 
 SURE_ROWS = 4
-"""Up to so many rows, all at once, nothing is faster than that."""
+"""Up to so many rows, if they fit at once, that is not even measured: they ask for too little of tensor cores."""
 
 TILE_ROWS = 1024
 """Up to so many rows, without a measurement, the weight is rather unpacked in registers than in memory."""

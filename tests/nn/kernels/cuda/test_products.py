@@ -457,10 +457,7 @@ def test_more_vectors_than_fit_are_multiplied_one_part_after_the_other(monkeypat
 @pytest.mark.parametrize("way", ["few", "many"])
 @pytest.mark.parametrize("together", ["together", "apart"])
 @pytest.mark.usefixtures("hopper")
-def test_five_to_eight_rows_are_multiplied_either_way(
-    way: str, together: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPFX_CACHE", str(tmp_path))
+def test_five_to_eight_rows_are_multiplied_either_way(way: str, together: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "SURE_ROWS", 4)
     fastest, chosen = tune.fastest, []
 
