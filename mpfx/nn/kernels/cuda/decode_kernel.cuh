@@ -159,16 +159,6 @@ __device__ __forceinline__ void add_zeros(const Room& room) {
 
 // ---------------------------------------------------------------------------------------------------- results
 
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-#else
-    return 0;
-#endif
-}
-
 __device__ __forceinline__ int cluster_size() {
 #if __CUDA_ARCH__ >= 900
     int r;
@@ -180,11 +170,8 @@ __device__ __forceinline__ int cluster_size() {
 }
 
 __device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
+    cluster_arrive();
+    cluster_wait();
 }
 
 __device__ __forceinline__ void store(void* p, size_t i, float f) {
@@ -195,10 +182,8 @@ __device__ __forceinline__ void store(void* p, size_t i, float f) {
 
 __device__ __forceinline__ float of_block(const float* p, int rank) {
 #if __CUDA_ARCH__ >= 900
-    u32 there;
     float f;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(in_block(address(p), rank)) : "memory");
     return f;
 #else
     return *p;

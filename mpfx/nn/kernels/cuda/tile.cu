@@ -9,7 +9,8 @@
 // share, and copies ahead across their bounds: two warps fill a ring of shared memory with what each step needs: a tile of
 // activations, words, zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a
 // tile that is shared out, each share leaves in memory what it found, and whoever comes last adds up: nobody waits for a block
-// that may not have been started yet.
+// that may not have been started yet. Two blocks of a cluster have been started, so if a tile's two shares are the last ones of
+// both, they send each other half of what they found.
 //
 // Warp w of a group has the 32 rows 32w ... of a tile, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels
 // 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the
@@ -17,15 +18,15 @@
 // from registers goes on only when they have nearly come to their end (that their operands have been read by then is not promised:
 // `have_been_read`), so it is the other group's that hide how it unpacks. At 512 rows of activations time goes by
 // - with instructions that have to be fetched: both segments of a step are unpacked at once, widths that no weight has are not
-//   compiled, those that are frequent are asked for first, and sums of shares are written in few instructions. (All of it spelled
-//   out, 18 KB more, adding up took 5 to 10 us longer, of 80.)
+//   compiled, those that are frequent are asked for first, and what is done once is written in few instructions. (Sums of shares
+//   spelled out, 18 KB more, took 5 to 10 us longer, of 80.)
 // - with shared memory, which is busy for some 920 of the 1024 cycles that the products of a step take.
 // Of no use there: operands of the weight in shared memory, written by these or by other warps; a ring of its own for words;
 // activations that are sent to two blocks at once; groups that take turns.
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cuh; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
-// WORD_ROWS of a stage, twice as many as a segment has at most.
+// WORD_ROWS of a stage, twice as many as a segment has at most; PAIRS, whether blocks are in clusters of two.
 
 constexpr int STEP = 64;  // channels: two segments
 constexpr int X_BYTES = TOKENS * 128;
@@ -43,11 +44,14 @@ constexpr int THREADS = MULTIPLIERS + 32 * (COPIERS + PREPARERS);
 constexpr int ARRANGERS = 512;    // threads of a block of `arrange`
 constexpr int PIECES = TOKENS / 8;  // four results of a thread each
 constexpr int MOST_PARTS = 3;
+constexpr int OF_STAGE = (PIECES / 2 + 1) / 2;  // pieces that blocks of a cluster send each other, in either of two stages
 
 // Tiles that are shared out alike: numbers of the first one's rows, of its first share, and of it among those that are shared
 // out at all; how many tiles of rows, and into how many shares.
 struct Part {
     int tile, share, slot, tiles, splits;
+    int steps;                // of a share: the last one has what is left
+    u32 by_tiles, by_splits;  // what `divided` needs
 };
 
 struct Args {
@@ -86,42 +90,54 @@ __device__ __forceinline__ uint4 load_four(const void* from) {
     return v;
 }
 
-// Where two adjacent channels, the first one even, are in the input.
-__device__ __forceinline__ uint2 places_of(const Args& a, int channel) {
-    if (ORDER == 0) return make_uint2(channel, channel + 1);
-    const int second = min(channel + 1, a.channels - 1);
-    if (ORDER == 4) return make_uint2(load_one((const u32*)a.order + channel), load_one((const u32*)a.order + second));
-    if (channel == second) return make_uint2(load_one((const u16*)a.order + channel), 0);
-    const u32 both = load_one((const u32*)((const u16*)a.order + channel));
-    return make_uint2(both & 0xFFFF, both >> 16);
-}
-
 // The first of two channels that piece i of a row has for lanes t of a warp.
 __device__ __forceinline__ int channel_of(int i, int t) { return i / 8 * STEP + i % 8 / 4 * 32 + i / 2 % 2 * 4 + i % 2 * 2 + 8 * t; }
 
-__device__ __forceinline__ void find_places(const Args& a, int i, uint2 (&places)[4]) {
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-        if (channel_of(i, t) < a.channels) places[t] = places_of(a, channel_of(i, t));
+// Where two adjacent channels, the first one even, are in the input: entries of two bytes are not taken apart yet.
+struct Entries {
+    u32 first, second;
+};
+
+__device__ __forceinline__ Entries load_entries(const Args& a, int channel) {
+    const int second = min(channel + 1, a.channels - 1);
+    if (ORDER == 0 || channel >= a.channels) return Entries{(u32)channel, (u32)channel + 1};
+    if (ORDER == 4) return Entries{load_one((const u32*)a.order + channel), load_one((const u32*)a.order + second)};
+    if (channel == second) return Entries{load_one((const u16*)a.order + channel), 0};
+    return Entries{load_one((const u32*)((const u16*)a.order + channel)), 0};
 }
 
-// Numbers of two rows of activations, side by side.
-__device__ __forceinline__ void put_side_by_side(uint4* to, const uint4& one, const uint4& other) {
-    to[0] = make_uint4(__byte_perm(one.x, other.x, 0x5410), __byte_perm(one.x, other.x, 0x7632), __byte_perm(one.y, other.y, 0x5410),
-                       __byte_perm(one.y, other.y, 0x7632));
-    to[1] = make_uint4(__byte_perm(one.z, other.z, 0x5410), __byte_perm(one.z, other.z, 0x7632), __byte_perm(one.w, other.w, 0x5410),
-                       __byte_perm(one.w, other.w, 0x7632));
+__device__ __forceinline__ u32 first_of(const Entries& e) { return ORDER == 2 ? e.first & 0xFFFF : e.first; }
+__device__ __forceinline__ u32 second_of(const Entries& e) { return ORDER == 2 ? e.first >> 16 : e.second; }
+
+// Where a channel of both rows is: they are side by side, and pieces of 16 bytes change places so that eight threads, each of
+// which has eight channels, write to all banks at once.
+__device__ __forceinline__ u32 place_of(int channel) { return channel * 4 ^ channel / 32 % 2 << 4; }
+
+// Write eight channels of two rows side by side.
+__device__ __forceinline__ void put_side_by_side(char* to, int channel, const uint4& one, const uint4& other) {
+    const u32 place = place_of(channel);
+    *(uint4*)(to + place) = make_uint4(__byte_perm(one.x, other.x, 0x5410), __byte_perm(one.x, other.x, 0x7632),
+                                       __byte_perm(one.y, other.y, 0x5410), __byte_perm(one.y, other.y, 0x7632));
+    *(uint4*)(to + (place ^ 16)) = make_uint4(__byte_perm(one.z, other.z, 0x5410), __byte_perm(one.z, other.z, 0x7632),
+                                              __byte_perm(one.w, other.w, 0x5410), __byte_perm(one.w, other.w, 0x7632));
 }
 
-// A block has two rows of activations: what is not there is zero.
-extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_constant__ Args a) {
-    extern __shared__ __align__(128) char shared[];
+// A block has two rows of activations: what is not there is zero. A thread has AHEAD pieces of a row, all of which are on their way
+// at once, and as many more as it takes.
+template <int AHEAD>
+__device__ __forceinline__ void arrange_rows(const Args& a) {
+    extern __shared__ __align__(128) char shared[];  // of every channel, both rows
     wait_for_last();  // before the next one may start, which reads weights at once: whoever has written them is done
     let_next_start();
-    u32* given = (u32*)shared;  // of every channel, both rows
-    const int token = 2 * blockIdx.x, row = token % TOKENS;
-    uint2 places[4];
-    find_places(a, threadIdx.x, places);  // while activations are on their way
+    const int token = 2 * blockIdx.x, row = token % TOKENS, steps = a.steps;
+    Entries entries[AHEAD][4];
+    auto load_order = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+            for (int t = 0; t < 4; t++) entries[j][t] = load_entries(a, channel_of(i + j * ARRANGERS, t));
+    };
+    load_order(threadIdx.x);
     const Number* rows[2];
     u32 there[2];  // all bits, or none
 #pragma unroll
@@ -132,30 +148,49 @@ extern "C" __global__ void __launch_bounds__(ARRANGERS) arrange(const __grid_con
     if (token == 0)
         for (int i = threadIdx.x; i < a.slots; i += ARRANGERS) a.arrived[i] = 0;
     if (a.channels % 8 == 0) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < a.channels / 8; i += ARRANGERS)
-            put_side_by_side((uint4*)given + 2 * i, load_four(rows[0] + 8 * i), load_four(rows[1] + 8 * i));
+        const int pieces = a.channels / 8;
+#pragma unroll 1
+        for (int first = threadIdx.x; first < pieces; first += AHEAD * ARRANGERS) {
+            uint4 given[AHEAD][2];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+                    if (first + j * ARRANGERS < pieces) given[j][r] = load_four(rows[r] + 8 * (first + j * ARRANGERS));
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (first + j * ARRANGERS < pieces) put_side_by_side(shared, 8 * (first + j * ARRANGERS), given[j][0], given[j][1]);
+        }
     } else
         for (int i = threadIdx.x; i < a.channels; i += ARRANGERS)
-            given[i] = load_one(rows[0] + i) | load_one(rows[1] + i) << 16;
+            *(u32*)(shared + place_of(i)) = load_one(rows[0] + i) | load_one(rows[1] + i) << 16;
     __syncthreads();
-    const int steps = a.steps;
     char* to = (char*)a.arranged + (size_t)(token / TOKENS) * steps * X_BYTES + row * 128;
-    for (int i = threadIdx.x; i < steps * 8; i += ARRANGERS) {
-        u32 pair[2][4];
+#pragma unroll 1
+    for (int first = threadIdx.x; first < steps * 8; first += AHEAD * ARRANGERS) {
+        if (first != threadIdx.x) load_order(first);
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            const int c = channel_of(i, t);
-            const u32 one = c < a.channels ? given[places[t].x] : 0, other = c + 1 < a.channels ? given[places[t].y] : 0;
-            pair[0][t] = __byte_perm(one, other, 0x5410) & there[0], pair[1][t] = __byte_perm(one, other, 0x7632) & there[1];
+        for (int j = 0; j < AHEAD; j++) {
+            const int i = first + j * ARRANGERS;
+            if (i >= steps * 8) break;
+            u32 pair[2][4];
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const int c = channel_of(i, t);
+                const u32 one = c < a.channels ? *(const u32*)(shared + place_of(first_of(entries[j][t]))) : 0;
+                const u32 other = c + 1 < a.channels ? *(const u32*)(shared + place_of(second_of(entries[j][t]))) : 0;
+                pair[0][t] = __byte_perm(one, other, 0x5410) & there[0], pair[1][t] = __byte_perm(one, other, 0x7632) & there[1];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                *(uint4*)(to + (size_t)(i / 8) * X_BYTES + r * 128 + ((i % 8 ^ (row + r) % 8) << 4)) =
+                    make_uint4(pair[r][0], pair[r][1], pair[r][2], pair[r][3]);
         }
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            *(uint4*)(to + (size_t)(i / 8) * X_BYTES + r * 128 + ((i % 8 ^ (row + r) % 8) << 4)) =
-                make_uint4(pair[r][0], pair[r][1], pair[r][2], pair[r][3]);
-        find_places(a, i + ARRANGERS, places);
     }
 }
+
+extern "C" __global__ void __launch_bounds__(ARRANGERS, 2) arrange_1(const __grid_constant__ Args a) { arrange_rows<1>(a); }
+extern "C" __global__ void __launch_bounds__(ARRANGERS, 2) arrange_3(const __grid_constant__ Args a) { arrange_rows<3>(a); }
 
 // ---------------------------------------------------------------------------------------------------- barriers, copies
 
@@ -417,6 +452,9 @@ __device__ __forceinline__ void unpack_step(const int4& even, const int4& odd, c
     }
 }
 
+// A quotient, by the whole part of 2^32 / divisor, plus 1: exact as long as dividend times divisor is less than 2^32.
+__device__ __forceinline__ u32 divided(u32 dividend, int divisor, u32 by) { return divisor == 1 ? dividend : __umulhi(dividend, by); }
+
 // A share of a tile.
 struct Share {
     int split, splits, slot;
@@ -428,10 +466,10 @@ struct Share {
 #pragma unroll
         for (int i = 1; i < MOST_PARTS; i++)
             if (number >= a.parts[i].share) part = a.parts[i];
-        const int own = (number - part.share) / part.splits;
-        split = (number - part.share) % part.splits, splits = part.splits, slot = part.slot + own;
-        tile = part.tile + own % part.tiles, column = own / part.tiles;
-        first = a.steps * split / splits, steps = a.steps * (split + 1) / splits - first;
+        const u32 own = divided(number - part.share, part.splits, part.by_splits);
+        splits = part.splits, split = number - part.share - own * splits, slot = part.slot + own;
+        column = divided(own, part.tiles, part.by_tiles), tile = part.tile + own - column * part.tiles;
+        first = min(part.steps * split, a.steps), steps = min(part.steps, a.steps - first);
     }
 };
 
@@ -450,6 +488,8 @@ struct Room {
     int4* units;     // of every segment: bits, first word row, grid, zero points
     float* scales;   // of every segment: what all rows have of the step
     u32 full, ready, empty;  // barriers of every stage: it is copied; its grids are known; it may be written again
+    u32 received;            // barriers: either half of what the other block of the cluster sends is there
+    volatile int* offered;   // the first one of two stages that the other block has for what this one sends
 };
 
 // ---------------------------------------------------------------------------------------------------- roles
@@ -474,30 +514,44 @@ __device__ __forceinline__ void fetch_tail(const Args& a, const int4& unit, int 
     if (lane < 4 * tiles) copy4(to + (32 + lane) * 4, a.w.scale_codes + (unit.z * a.w.scale_words + tile * 16 + lane));
 }
 
-// One of the warps that copy: of all steps of the block, `first`, `first` + COPIERS ... What `arrange` writes is there when it has
-// come to its end, which is waited for as late as can be.
+// Copy the activations of a step, as they were arranged. `k`: of the steps of a share.
+__device__ __forceinline__ void fetch_activations(const Args& a, const Room& room, const Share& share, int k, int stage) {
+    const u32 full = room.full + stage * 8;
+    arrive_with(full, X_BYTES);
+    copy(address(room.ring + stage * STAGE_BYTES), (const char*)a.arranged + ((size_t)share.column * a.steps + share.first + k) * X_BYTES,
+         X_BYTES, full);
+}
+
+// Those of all steps that the ring takes at once, as soon as `arrange` has come to its end; what weights need is on its way by then.
+__device__ __forceinline__ void fetch_first_activations(const Args& a, const Room& room) {
+    wait_for_last();
+    int count = 0;
+#pragma unroll 1
+    for (int i = blockIdx.x; i < a.shares && count < STAGES; i += gridDim.x) {
+        const Share share(a, i);
+#pragma unroll 1
+        for (int k = 0; k < share.steps && count < STAGES; k++, count++) fetch_activations(a, room, share, k, count);
+    }
+}
+
+// One of the warps that copy: of all steps of the block, `first`, `first` + COPIERS ...
 __device__ __forceinline__ void fetch_all(const Args& a, const Room& room, int first, int lane) {
     int count = 0;  // of steps
     Turn turn;
 #pragma unroll 1
     for (int i = blockIdx.x; i < a.shares; i += gridDim.x) {
         const Share share(a, i);
-        const char* x = (const char*)a.arranged + ((size_t)share.column * a.steps + share.first) * X_BYTES;
 #pragma unroll 1
         for (int k = 0; k < share.steps; k++, count++, turn.next()) {
             if (count % COPIERS != first) continue;
             const u32 full = room.full + turn.stage * 8, to = address(room.ring + turn.stage * STAGE_BYTES), tail = to + TAIL_AT;
             if (count >= STAGES) wait(room.empty + turn.stage * 8, turn.parity ^ 1);
-            const int4 even = __ldg(a.units + 2 * (share.first + k)), odd = __ldg(a.units + 2 * (share.first + k) + 1);
+            const int4 even = room.units[2 * (share.first + k)], odd = room.units[2 * (share.first + k) + 1];
             fetch_words(a, even, odd, share.tile, to + X_BYTES, lane);
             fetch_tail(a, even, share.tile, tail, lane);
             if (!alike(even, odd)) fetch_tail(a, odd, share.tile, tail + 48 * 4, lane);
             arrive_when_copied(full);
-            if (count == first) wait_for_last();
-            if (lane == 0) {
-                arrive_with(full, X_BYTES);
-                copy(to, x + (size_t)k * X_BYTES, X_BYTES, full);
-            }
+            if (count >= STAGES && lane == 0) fetch_activations(a, room, share, k, turn.stage);
         }
     }
 }
@@ -557,11 +611,21 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
     for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Tell the other block of the cluster where it may write, near the end of all this one does: the two stages that were copied first
+// are neither read any more nor written to. `stage`: the first one of them, or STAGES more.
+__device__ __forceinline__ void offer_room(const Room& room, int stage) {
+    if (threadIdx.x == 0)
+        asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(in_block(address((const void*)room.offered), cluster_rank() ^ 1)),
+                     "r"(stage < STAGES ? stage : stage - STAGES)
+                     : "memory");
+    cluster_arrive();
+}
+
 // The warps that multiply: a step is unpacked while the other group multiplies. `last`: the stage of the step before, -1: there was
 // none. It may be written again when its products are done, and the next step is ready, also beyond the end of a share: then all
 // who prepare have seen that it was full.
 __device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, int& last,
-                                               float (&d)[TOKENS / 2]) {
+                                               float (&d)[TOKENS / 2], bool paired) {
     int never = 0;  // which nobody knows
     asm volatile("" : "+r"(never));
     int speaks = threadIdx.x % 32 == 0;
@@ -584,10 +648,16 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
         turn.next();
     };
     Operand one[2] = {}, other[2] = {};
+    int k = 0, stop = paired ? max(share.steps - STAGES + 3, 0) & ~1 : share.steps;  // even, as there are two operands
+    while (true) {
 #pragma unroll 1
-    for (int k = 0; k < share.steps; k += 2) {
-        step(k, one, other);
-        if (k + 1 < share.steps) step(k + 1, other, one);
+        for (; k < stop; k += 2) {
+            step(k, one, other);
+            if (k + 1 < share.steps) step(k + 1, other, one);
+        }
+        if (!paired) break;
+        offer_room(room, turn.stage + share.steps - k);
+        paired = false, stop = share.steps;
     }
     wait_for_all_but<0>();
     have_been_read(one, never, ring), have_been_read(other, never, ring);
@@ -616,8 +686,9 @@ __device__ __forceinline__ bool add_up(const Args& a, const Share& share, u32& b
     multipliers_barrier();
     if (before != share.splits - 1) return false;
     const bool starts = share.split < 2;
+    if (!starts)
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) d[i] = starts ? d[i] : 0.0f;
+        for (int i = 0; i < TOKENS / 2; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));
 #pragma unroll 1
     for (int r = 0; r < share.splits; r++) {
         if (starts && r == share.split) continue;
@@ -637,70 +708,125 @@ __device__ __forceinline__ bool add_up(const Args& a, const Share& share, u32& b
     return true;
 }
 
-// Write a tile of results: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
-__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, const float (&d)[TOKENS / 2]) {
-    const int row = share.tile * 128 + l.row, first = share.column * TOKENS + 2 * l.t;
+// Two blocks of a cluster have multiplied the two shares of a tile, each at the end of its work: they send each other what half of
+// the rows of activations still lacks, which goes where room was offered. `stage`: the first one of the two that this block
+// offered; SENT, KEPT: where the halves are in `d`.
+template <int SENT, int KEPT>
+__device__ __forceinline__ void exchange(const Room& room, int stage, float (&d)[TOKENS / 2]) {
+    static_assert(STAGES >= 3 && OF_STAGE * MULTIPLIERS * 16 <= STAGE_BYTES, "room for half of the results in two stages");
+    auto place = [&](int stage) { return address(room.ring) + threadIdx.x * 16 + (stage < STAGES ? stage : 0) * STAGE_BYTES; };
+    const int theirs = *room.offered, others = cluster_rank() ^ 1;
+    const u32 to[2] = {in_block(place(theirs), others), in_block(place(theirs + 1), others)};
+    const u32 received[2] = {in_block(room.received, others), in_block(room.received + 8, others)};
+#pragma unroll
+    for (int i = 0; i < PIECES / 2; i++) {
+        const float* sent = d + SENT + 4 * i;
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                         to[i / OF_STAGE] + i % OF_STAGE * MULTIPLIERS * 16),
+                     "f"(sent[0]), "f"(sent[1]), "f"(sent[2]), "f"(sent[3]), "r"(received[i / OF_STAGE])
+                     : "memory");
+    }
+    const u32 from[2] = {place(stage), place(stage + 1)};
+#pragma unroll
+    for (int i = 0; i < PIECES / 2; i++) {
+        if (i % OF_STAGE == 0) wait(room.received + i / OF_STAGE * 8, 0);
+        const float4 more = *(const float4*)__cvta_shared_to_generic(from[i / OF_STAGE] + i % OF_STAGE * MULTIPLIERS * 16);
+        float* kept = d + KEPT + 4 * i;
+        kept[0] += more.x, kept[1] += more.y, kept[2] += more.z, kept[3] += more.w;
+    }
+}
+
+// Write a tile of results, or the first or the second half of it: a thread has two adjacent rows, so a warp 32 bytes of every row
+// of activations.
+__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, const float (&d)[TOKENS / 2], bool first,
+                                      bool second) {
+    const int row = share.tile * 128 + l.row, token = share.column * TOKENS + 2 * l.t;
     if (row >= a.w.rows) return;
     float bias[2] = {};
     if (a.bias) bias[0] = to_float(((const Number*)a.bias)[row]), bias[1] = to_float(((const Number*)a.bias)[row + 1]);
-    Number* to = (Number*)a.out + (size_t)first * a.w.rows + row;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++, to += (size_t)8 * a.w.rows)
+    char* to = (char*)a.out + ((size_t)token * a.w.rows + row) * sizeof(Number);
+    const int stride = a.w.rows * (int)sizeof(Number), left = a.tokens - token;
+    asm volatile("" : "+l"(to));
+    auto store_piece = [&](int i) {  // as it is written here, it takes few instructions, which have not been fetched yet
 #pragma unroll
         for (int e = 0; e < 2; e++)
-            if (first + 8 * i + e < a.tokens)
-                *(u32*)(to + e * a.w.rows) = two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1]);
+            asm volatile("{\n.reg .pred p;\n.reg .b64 at;\nsetp.lt.s32 p, %3, %4;\nmad.wide.s32 at, %1, %3, %0;\n"
+                         "@p st.global.u32 [at], %2;\n}" ::"l"(to),
+                         "r"(stride), "r"(two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1])),
+                         "r"(8 * i + e), "r"(left)
+                         : "memory");
+    };
+    if (first)
+#pragma unroll
+        for (int i = 0; i < PIECES / 2; i++) store_piece(i);
+    if (second)
+#pragma unroll
+        for (int i = PIECES / 2; i < PIECES; i++) store_piece(i);
 }
 
-// The warps that multiply load what all steps need; those that find out grids wait for it, too.
-__device__ __forceinline__ void wait_for_units() { asm volatile("bar.sync 2, %0;" ::"n"(MULTIPLIERS + 32 * PREPARERS) : "memory"); }
+// The warps that multiply load the scales of all segments; those that find out grids wait for them.
+__device__ __forceinline__ void wait_for_scales() { asm volatile("bar.sync 2, %0;" ::"n"(MULTIPLIERS + 32 * PREPARERS) : "memory"); }
 
-__device__ __forceinline__ void load_units(const Args& a, const Room& room) {
+__device__ __forceinline__ void load_scales(const Args& a, const Room& room) {
     for (int i = threadIdx.x; i < 2 * a.steps; i += MULTIPLIERS) {
-        const int4 unit = __ldg(a.units + i);
-        room.units[i] = unit;
+        const int4 unit = room.units[i];
         room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
     }
-    wait_for_units();
+    wait_for_scales();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(128) char shared[];  // more would be added to what the kernel declares itself
-    __shared__ __align__(8) unsigned long long barriers[3 * STAGES];
+    __shared__ __align__(8) unsigned long long barriers[3 * STAGES + 2];
+    __shared__ int offered;
     __shared__ u32 before;  // shares of a tile that had arrived when this one did
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);
     room.units = (int4*)(room.ring + STAGES * STAGE_BYTES);
     room.scales = (float*)(room.units + 2 * a.steps);
+    room.offered = &offered;
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    if (threadIdx.x < STAGES) {
-        init(room.full + threadIdx.x * 8, 33);
-        init(room.ready + threadIdx.x * 8, 32);
-        init(room.empty + threadIdx.x * 8, MULTIPLIERS / 32);
-    }
+    room.received = address(barriers + 3 * STAGES);
+    if (threadIdx.x % 32 == 0)  // a warp after the other would take several times as long
+        for (int i = threadIdx.x / 32; i < 3 * STAGES + 2; i += THREADS / 32)
+            init(room.full + i * 8, i < STAGES ? 33 : i < 2 * STAGES ? 32 : i < 3 * STAGES ? MULTIPLIERS / 32 : 1);
+    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) room.units[i] = __ldg(a.units + i);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
+    if (PAIRS) cluster_arrive();  // nobody writes to a block that has not started
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
         if (warp < COPIERS) fetch_all(a, room, warp, lane);
         else {
-            wait_for_units();
+            if (threadIdx.x == THREADS - 1) fetch_first_activations(a, room);
+            __syncwarp();
+            wait_for_scales();
             prepare_all(a, room, warp - COPIERS, lane);
         }
+        if (PAIRS) cluster_wait();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-        load_units(a, room);
         const Lane l(threadIdx.x);
+        if (PAIRS && threadIdx.x < 2)
+            arrive_with(room.received + 8 * threadIdx.x, (threadIdx.x ? PIECES / 2 - OF_STAGE : OF_STAGE) * MULTIPLIERS * 16);
+        load_scales(a, room);
+        if (PAIRS) cluster_wait();
         Turn turn;
         int last = -1;
 #pragma unroll 1
         for (int i = blockIdx.x; i < a.shares; i += gridDim.x) {
             const Share share(a, i);
+            const bool paired = PAIRS && share.splits == 2 && i + gridDim.x >= a.shares;
             float d[TOKENS / 2] = {};
-            multiply_share(room, share, l, turn, last, d);
+            multiply_share(room, share, l, turn, last, d, paired);
             wait_for_last();  // `arrange` has cleared the counters
-            if (share.splits == 1 || add_up(a, share, before, d)) store(a, share, l, d);
+            if (paired) {
+                cluster_wait();  // room has been offered
+                if (share.split == 0) exchange<TOKENS / 4, 0>(room, turn.stage, d);
+                else exchange<0, TOKENS / 4>(room, turn.stage, d);
+            } else if (share.splits > 1 && !add_up(a, share, before, d)) continue;
+            store(a, share, l, d, !paired || share.split == 0, !paired || share.split == 1);
         }
     }
 }

@@ -38,7 +38,10 @@ _WRITE_TOKEN_NS, _SHARE_TOKEN_NS = 8.0, 13.0
 class _Part(ctypes.Structure):
     """``Part`` of ``tile.cu``."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("tile", "share", "slot", "tiles", "splits")]
+    _fields_ = [
+        *[(name, ctypes.c_int) for name in ("tile", "share", "slot", "tiles", "splits", "steps")],
+        *[(name, ctypes.c_uint32) for name in ("by_tiles", "by_splits")],
+    ]
 
 
 class Arguments(ctypes.Structure):
@@ -113,23 +116,26 @@ class Tile:
         found = torch.empty(self.found_bytes(columns), dtype=torch.uint8, device=x.device)
         arrived = torch.empty(slots, dtype=torch.int32, device=x.device)
         units = _units(layout, weight.out_features, x.device)
-        parts, shares = self._shared_out(columns)
+        parts, shares = self._shared_out(columns, steps)
         arguments = Arguments(
             address(x), address(order), address(arranged), weight_argument(weight), address(units), address(bias),
             address(out), address(found), address(arrived), len(x), layout.in_features, steps, columns, shares, slots,
             self.most_splits, parts,
         )  # fmt: skip
         stage, stages = _stages(self.tokens, _word_rows(layout), steps)
+        blocks = min(shares, _processors(x.device))
+        pairs = _are_pairs(parts[len(self.parts) - 1], shares, blocks)
         macros = (
             *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
-            ("WORD_ROWS", _word_rows(layout)), ("ORDER", order_bytes(order)),
+            ("WORD_ROWS", _word_rows(layout)), ("ORDER", order_bytes(order)), ("PAIRS", int(pairs)),
         )  # fmt: skip
-        arrange, run = (kernel("tile.cu", name, macros, x.device.index) for name in ("arrange", "tile"))
+        ahead = 1 if steps * _STEP_BYTES // 16 <= _ARRANGERS else 3
+        arrange, run = (kernel("tile.cu", name, macros, x.device.index) for name in (f"arrange_{ahead}", "tile"))
         early = last_captured() is not None  # behind another kernel; without a graph, launching takes longer anyway
         arrange(Launch((columns * self.tokens // 2, 1), _ARRANGERS, 4 * layout.in_features, early=early), arguments)
         shared = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * steps
-        run(Launch((min(shares, _processors(x.device)), 1), _THREADS, shared, early=True), arguments)
+        run(Launch((blocks, 1), _THREADS, shared, cluster=2 if pairs else 1, early=True), arguments)
 
     @property
     def most_splits(self) -> int:
@@ -144,14 +150,15 @@ class Tile:
         """What shares of tiles leave in memory: float32 results."""
         return self.slots(columns) * self.most_splits * _ROWS * self.tokens * 4
 
-    def _shared_out(self, columns: int) -> tuple[ctypes.Array[_Part], int]:
+    def _shared_out(self, columns: int, steps: int) -> tuple[ctypes.Array[_Part], int]:
         """Where the parts start, as ``tile.cu`` wants it, and how many shares they have together."""
         tiles = (0, *accumulate(part.tiles for part in self.parts))
         shares = (0, *accumulate(columns * part.tiles * part.splits for part in self.parts))
         slots = (0, *accumulate(columns * part.tiles * (part.splits > 1) for part in self.parts))
-        parts = (_Part * _MOST_PARTS)(*[_Part(share=shares[-1])] * _MOST_PARTS)
+        parts = (_Part * _MOST_PARTS)(*[_Part(share=shares[-1], tiles=1, splits=1)] * _MOST_PARTS)
         for i, part in enumerate(self.parts):
-            parts[i] = _Part(tiles[i], shares[i], slots[i], part.tiles, part.splits)
+            by = [((1 << 32) // divisor + 1) & 0xFFFFFFFF for divisor in part]
+            parts[i] = _Part(tiles[i], shares[i], slots[i], part.tiles, part.splits, -(-steps // part.splits), *by)
         return parts, shares[-1]
 
     def time(self, columns: int, steps: int, processors: int) -> float:
@@ -165,7 +172,7 @@ class Tile:
         step = max(_STEP_NS + self.tokens * _STEP_TOKEN_NS, _LEAST_STEP_NS)
         busy, first = [0.0] * processors, 0
         for part in self.parts:
-            took = step * steps / part.splits + self.tokens * _WRITE_TOKEN_NS
+            took = step * -(-steps // part.splits) + self.tokens * _WRITE_TOKEN_NS
             took += self.tokens * _SHARE_TOKEN_NS * part.splits * (part.splits > 1)
             rounds, more = divmod(columns * part.tiles * part.splits, processors)
             busy = [time + rounds * took for time in busy]
@@ -173,6 +180,11 @@ class Tile:
                 busy[i % processors] += took
             first += more
         return max(busy)
+
+
+def _are_pairs(last: _Part, shares: int, blocks: int) -> bool:
+    """Whether the last shares of blocks are those of tiles in two, so that two blocks of a cluster have one tile."""
+    return bool(last.splits == 2 and last.share % 2 == shares % 2 == blocks % 2 == 0)
 
 
 @lru_cache(maxsize=64)

@@ -27,9 +27,10 @@ pytestmark = [
 
 # Of the sum of the absolute products: what rounding the result, and for many rows the weight, may cost.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+MIXED = Layout(256, (16, 7, 4, 4, 3, 2, 2, 0), None)
 LAYOUTS = [Layout(96, (bits,) * 3, 32) for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16)] + [
     Layout(200, (8, 6, 5, 5, 3, 1, 0), 64),
-    Layout(256, (16, 7, 4, 4, 3, 2, 2, 0), None),
+    MIXED,
     Layout(333, (5,) * 6 + (0,) + (3,) * 4, 64),
     Layout(4096, (6,) * 20 + (5,) * 30 + (4,) * 40 + (3,) * 38, 64),
 ]
@@ -72,7 +73,7 @@ CASES = [
     for plain in (False, True)
     for density in (1.0, 0.4)
 ]
-CASES += [(LAYOUTS[-2], dtype, 37, False, density) for dtype in TOLERANCE for density in (1.0, 0.5)]
+CASES += [(MIXED, dtype, 37, False, density) for dtype in TOLERANCE for density in (1.0, 0.5)]
 CASES += [(LAYOUTS[-1], torch.float16, 515, True, 1.0), (Layout(333, (5,) * 11, 32), torch.bfloat16, 33, False, 0.7)]
 
 
@@ -108,7 +109,7 @@ def agrees(
 
 
 FILLED = [(layout, torch.bfloat16, 144, plain, 0.4) for layout in LAYOUTS for plain in (False, True)]
-FILLED += [(LAYOUTS[-2], dtype, 37, False, 0.5) for dtype in TOLERANCE]
+FILLED += [(MIXED, dtype, 37, False, 0.5) for dtype in TOLERANCE]
 FILLED += [(Layout(333, (5,) * 11, 32), torch.bfloat16, 33, False, density) for density in (0.0, 0.05, 0.7)]
 
 
@@ -272,6 +273,10 @@ TILES = [
     (516, 300, Tile(256, (Part(2, 1), Part(3, 3)))),
     (388, 70, Tile(32, (Part(1, 2), Part(3, 8)))),
     (772, 300, Tile(128, (Part(4, 1), Part(1, 5), Part(2, 7)))),
+    (132, 9, Tile(16, (Part(2, 2),))),
+    (256, 300, Tile(256, (Part(2, 2),))),
+    (384, 176, Tile(176, (Part(3, 2),))),
+    (772, 300, Tile(128, (Part(4, 1), Part(3, 2)))),
 ]
 
 
@@ -301,19 +306,20 @@ def test_tiles_unpack_the_weight_in_registers(
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [256, 176, 64])
+@pytest.mark.parametrize("parts", [(Part(3, 1), Part(2, 3), Part(3, 8)), (Part(4, 1), Part(4, 2))], ids=str)
 def test_processors_take_one_share_after_the_other(
-    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[Part, ...], tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of tiles with all the channels, and of such whose shares go to any processors; with the same result."""
+    """Of tiles with all the channels, and of such whose shares go to any processors, or two; with the same result."""
     layout = Layout(1056, (16, *(6, 5, 4, 3) * 8), 32)
     packed = on_device(pack(random_weight(layout, 1000, coded=True)))
     x = (torch.randn(600, 1056, device="cuda") / 32).to(dtype)
     order, bias = torch.randperm(1056).to(torch.uint16).cuda(), torch.randn(1000, device="cuda").to(dtype)
     expected, results = reference(x.float(), packed, order, bias.float()), []
-    for processors in (1, 7, 132, 132):
+    for processors in (1, 7, 4, 10, 132, 132):
         monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _, processors=processors: processors)
         results.append(torch.full((600, 1000), float("nan"), dtype=dtype, device="cuda"))
-        Tile(tokens, (Part(3, 1), Part(2, 3), Part(3, 8))).multiply(x, packed, order, bias, results[-1])
+        Tile(tokens, parts).multiply(x, packed, order, bias, results[-1])
         assert float((results[-1].float() - expected).norm() / expected.norm()) < 0.01
         assert torch.equal(results[-1], results[0])
 
@@ -336,6 +342,41 @@ def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest
         assert source.count(waits) == 1
         nap = f"if (k == share.steps - 1 && first == {late}) __nanosleep(50000);\n"
         return load(source.replace(waits, nap + waits), *options)
+
+    expected = product()
+    monkeypatch.setattr(nvrtc, "_load", slow)
+    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
+    assert torch.equal(product(), expected)
+
+
+LATE_BLOCKS = {  # where a block of a cluster, or one of its warps, falls asleep
+    "multiplies": ("        const Share share(a, i);\n            const bool paired", "true"),
+    "offers room": ('    if (threadIdx.x == 0)\n        asm volatile("st.shared::cluster.u32', "threadIdx.x / 32 == 5"),
+    "sends": ("    const int theirs = *room.offered", "threadIdx.x / 32 == 2"),
+    "receives": ("    const u32 from[2]", "threadIdx.x / 32 == 7"),
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("tokens", [256, 16])
+@pytest.mark.parametrize("late", LATE_BLOCKS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_blocks_that_have_a_tile_wait_for_each_other(
+    rank: int, late: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = on_device(pack(random_weight(LAYOUTS[-1], 512, coded=True)))
+    x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+    load, (where, who) = nvrtc._load, LATE_BLOCKS[late]
+
+    def product() -> Tensor:
+        out = torch.empty(tokens, 512, dtype=torch.bfloat16, device="cuda")
+        Tile(tokens, (Part(4, 2),)).multiply(x, packed, None, None, out)
+        return out
+
+    def slow(source: str, *options: Any) -> nvrtc.Kernel:
+        assert source.count(where) == 1
+        nap = f"if (cluster_rank() == {rank} && {who}) __nanosleep(100000);\n"
+        return load(source.replace(where, nap + where), *options)
 
     expected = product()
     monkeypatch.setattr(nvrtc, "_load", slow)
@@ -448,7 +489,7 @@ def test_activations_of_any_size_keep_their_precision(size: float) -> None:
 
 
 def test_more_vectors_than_fit_are_multiplied_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(LAYOUTS[-2], 40, coded=True)
+    weight = random_weight(MIXED, 40, coded=True)
     x = torch.randn(7, 256, device="cuda")
     monkeypatch.setattr(cuda, "room_for", lambda *arguments: 3)
     agrees(x, weight.dequantize().double().cuda(), on_device(pack(weight)), None, None)
@@ -488,7 +529,7 @@ def test_five_to_eight_rows_are_multiplied_either_way(way: str, together: str, m
 
 
 def test_a_mask_that_is_loaded_anew_is_counted_anew() -> None:
-    first, second = (random_weight(LAYOUTS[-2], 40, density=d, coded=True) for d in (0.3, 0.6))
+    first, second = (random_weight(MIXED, 40, density=d, coded=True) for d in (0.3, 0.6))
     packed = on_device(pack(first))
     x = torch.randn(1, 256, device="cuda")
     agrees(x, first.dequantize().double().cuda(), packed, None, None)
@@ -501,7 +542,7 @@ def test_a_mask_that_is_loaded_anew_is_counted_anew() -> None:
 
 
 def test_a_mask_that_nobody_counted_is_refused_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = on_device(pack(random_weight(LAYOUTS[-2], 40, density=0.5, coded=True)))
+    packed = on_device(pack(random_weight(MIXED, 40, density=0.5, coded=True)))
     x = torch.randn(1, 256, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="Run the layer once before"):

@@ -157,21 +157,37 @@ def test_processors_take_shares_in_turn() -> None:
     assert rounds(tile.Part(2, 1), tile.Part(1, 1)) == 1  # the second part starts where the first one leaves room
 
 
-@pytest.mark.parametrize("before", [None, 1])
-def test_a_launch_knows_where_its_parts_start(before: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, Launch, tile.Arguments]] = []
+Called = list[tuple[str, dict[str, int], Launch, tile.Arguments]]
 
-    def kernel(_: str, name: str, *__: object) -> Callable[[Launch, tile.Arguments], None]:
-        return lambda launch, arguments: calls.append((name, launch, arguments))
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Called:
+    """What would have been launched: kernels, what they are compiled with, and what they are given."""
+    calls: Called = []
+
+    def kernel(_: str, name: str, macros: tuple[tuple[str, int], ...], __: int) -> Callable[..., None]:
+        return lambda launch, arguments: calls.append((name, dict(macros), launch, arguments))
 
     monkeypatch.setattr(tile, "kernel", kernel)
     monkeypatch.setattr(tile, "_processors", lambda _: 20)
+    monkeypatch.setattr(tile, "last_captured", lambda: None)
+    return calls
+
+
+def multiply(cut: tile.Tile, layout: Layout, rows: int) -> None:
+    weight, x = pack(random_weight(layout, 516, coded=True)), torch.empty(rows, layout.in_features)
+    cut.multiply(x.bfloat16(), weight, None, None, torch.empty(rows, 516, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("before", [None, 1])
+def test_a_launch_knows_where_its_parts_start(
+    before: int | None, calls: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tile, "last_captured", lambda: before)
-    weight, x = pack(random_weight(LAYOUT, 516, coded=True)), torch.empty(300, 500, dtype=torch.bfloat16)
     cut = tile.Tile(256, (tile.Part(2, 1), tile.Part(3, 3)))
-    cut.multiply(x, weight, None, None, torch.empty(300, 516, dtype=torch.bfloat16))
-    (arrange, first, same), (name, launch, given) = calls
-    assert (arrange, name) == ("arrange", "tile")
+    multiply(cut, LAYOUT, 300)
+    (arrange, _, first, same), (name, macros, launch, given) = calls
+    assert (arrange, name, macros["PAIRS"]) == ("arrange_1", "tile", 0)
     assert same is given
     assert [(of.grid, of.cluster, of.early) for of in (first, launch)] == [
         ((256, 1), 1, before is not None),
@@ -181,7 +197,47 @@ def test_a_launch_knows_where_its_parts_start(before: int | None, monkeypatch: p
     parts = [(part.tile, part.share, part.slot, part.tiles, part.splits) for part in given.parts]
     assert parts[:2] == [(0, 0, 0, 2, 1), (2, 4, 0, 3, 3)]
     assert parts[2][1] == given.shares
+    assert [part.steps for part in given.parts[:2]] == [8, 3]  # of eight: the last one of three shares has two
     assert cut.found_bytes(2) == 6 * 3 * 128 * 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("parts", "rows", "processors", "pairs"),
+    [
+        (((5, 2),), 256, 20, True),  # ten shares
+        (((3, 1), (2, 2)), 256, 20, False),  # the first one of a tile's shares would be its cluster's second block
+        (((3, 1), (2, 2)), 512, 20, True),
+        (((5, 2),), 1024, 19, False),  # one processor would be left alone
+        (((5, 1),), 512, 20, False),
+        (((5, 4),), 256, 20, False),
+    ],
+)
+def test_two_blocks_of_a_cluster_have_a_tile_in_two_shares(
+    parts: tuple[tuple[int, int], ...], rows: int, processors: int, pairs: bool, calls: Called,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tile, "_processors", lambda _: processors)
+    multiply(tile.Tile(256, tuple(tile.Part(*part) for part in parts)), LAYOUT, rows)
+    _, (_, macros, launch, _) = calls
+    assert (macros["PAIRS"], launch.cluster) == ((1, 2) if pairs else (0, 1))
+    assert launch.grid[0] % launch.cluster == 0
+
+
+def test_long_rows_are_put_in_order_by_threads_that_have_more_of_them(calls: Called) -> None:
+    for channels in (4096, 4128):
+        multiply(tile.Tile(256, (tile.Part(5, 1),)), Layout(channels, (3,) * (channels // 32), None), 256)
+    assert [name for name, *_ in calls] == ["arrange_1", "tile", "arrange_3", "tile"]
+
+
+def test_what_kernels_divide_by() -> None:
+    """As ``divided`` of tile.cu does, by a product's upper half."""
+    for tiles in (1, 2, 3, 5, 7, 1000):
+        for splits in range(1, 9):
+            (part, *_), _ = tile.Tile(16, (tile.Part(tiles, splits),))._shared_out(16, 64)
+            for divisor, by in ((part.tiles, part.by_tiles), (part.splits, part.by_splits)):
+                for dividend in (*range(40), *range(divisor * 1000 - 3, divisor * 1000 + 3), 128_000):
+                    quotient = dividend if divisor == 1 else dividend * by >> 32
+                    assert quotient == dividend // divisor
 
 
 def test_orders_start_where_words_do() -> None:
