@@ -648,7 +648,9 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
         turn.next();
     };
     Operand one[2] = {}, other[2] = {};
-    int k = 0, stop = paired ? max(share.steps - STAGES + 3, 0) & ~1 : share.steps;  // even, as there are two operands
+    // Room is offered when the products with the first two of the last STAGES steps are done: those of the last step may not be. The
+    // number is even, as there are two operands.
+    int k = 0, stop = paired ? max(share.steps - STAGES + 3, 0) + 1 & ~1 : share.steps;
     while (true) {
 #pragma unroll 1
         for (; k < stop; k += 2) {
@@ -656,7 +658,7 @@ __device__ __forceinline__ void multiply_share(const Room& room, const Share& sh
             if (k + 1 < share.steps) step(k + 1, other, one);
         }
         if (!paired) break;
-        offer_room(room, turn.stage + share.steps - k);
+        offer_room(room, turn.stage + max(share.steps - k, 0));
         paired = false, stop = share.steps;
     }
     wait_for_all_but<0>();

@@ -359,13 +359,15 @@ LATE_BLOCKS = {  # where a block of a cluster, or one of its warps, falls asleep
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("tokens", [256, 16])
+@pytest.mark.parametrize("steps", [64, 63, 5])
 @pytest.mark.parametrize("late", LATE_BLOCKS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_blocks_that_have_a_tile_wait_for_each_other(
-    rank: int, late: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    rank: int, late: str, steps: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = on_device(pack(random_weight(LAYOUTS[-1], 512, coded=True)))
-    x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+    layout = Layout(64 * steps, LAYOUTS[-1].widths[: 2 * steps], 64)
+    packed = on_device(pack(random_weight(layout, 512, coded=True)))
+    x = torch.randn(tokens, layout.in_features, dtype=torch.bfloat16, device="cuda")
     load, (where, who) = nvrtc._load, LATE_BLOCKS[late]
 
     def product() -> Tensor:
