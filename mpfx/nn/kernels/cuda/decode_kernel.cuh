@@ -169,7 +169,7 @@ __device__ __forceinline__ int cluster_size() {
 #endif
 }
 
-__device__ __forceinline__ void cluster_barrier() {
+__device__ __forceinline__ void cluster_barrier() {  // where there are clusters: earlier devices have nothing to wait for
     cluster_arrive();
     cluster_wait();
 }

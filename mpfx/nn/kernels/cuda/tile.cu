@@ -7,7 +7,9 @@
 // `tile`: a tile of results is 128 rows of the weight times TOKENS rows of activations, and a share of it all its channels, or
 // some of them, if there are fewer tiles left than processors. There is a block for every processor; it works on share after
 // share, and copies ahead across their bounds: two warps fill a ring of shared memory with what each step needs: a tile of
-// activations, words, zero points, scales; two others find out the grid of every row; two groups of four warps multiply. Of a
+// activations, words, zero points, scales; two others find out the grid of every row, and one of these copies the activations that
+// the ring takes at once, when `arrange` has ended, which what is copied of weights does not wait for; two groups of four warps
+// multiply. Of a
 // tile that is shared out, each share leaves in memory what it found, and whoever comes last adds up: nobody waits for a block
 // that may not have been started yet. Two blocks of a cluster have been started, so if a tile's two shares are the last ones of
 // both, they send each other half of what they found.
@@ -623,7 +625,7 @@ __device__ __forceinline__ void offer_room(const Room& room, int stage) {
 
 // The warps that multiply: a step is unpacked while the other group multiplies. `last`: the stage of the step before, -1: there was
 // none. It may be written again when its products are done, and the next step is ready, also beyond the end of a share: then all
-// who prepare have seen that it was full.
+// who prepare have seen that it was full. `paired`: whether the other block of the cluster has the tile's other share.
 __device__ __forceinline__ void multiply_share(const Room& room, const Share& share, const Lane& l, Turn& turn, int& last,
                                                float (&d)[TOKENS / 2], bool paired) {
     int never = 0;  // which nobody knows

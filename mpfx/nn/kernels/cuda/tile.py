@@ -124,7 +124,7 @@ class Tile:
         )  # fmt: skip
         stage, stages = _stages(self.tokens, _word_rows(layout), steps)
         blocks = min(shares, _processors(x.device))
-        pairs = _are_pairs(parts[len(self.parts) - 1], shares, blocks)
+        pairs = _are_pairs(parts[len(self.parts) - 1], blocks)
         macros = (
             *(pair for pair in weight_macros(x, weight) if pair[0] not in ("IN", "LAST")), ("IN", 0),
             ("TOKENS", self.tokens), ("EIGHTS", self.tokens // 16), ("STAGES", stages),
@@ -133,7 +133,8 @@ class Tile:
         ahead = 1 if steps * _STEP_BYTES // 16 <= _ARRANGERS else 3
         arrange, run = (kernel("tile.cu", name, macros, x.device.index) for name in (f"arrange_{ahead}", "tile"))
         early = last_captured() is not None  # behind another kernel; without a graph, launching takes longer anyway
-        arrange(Launch((columns * self.tokens // 2, 1), _ARRANGERS, 4 * layout.in_features, early=early), arguments)
+        rows = Launch((columns * self.tokens // 2, 1), _ARRANGERS, _arranged_bytes(layout.in_features), early=early)
+        arrange(rows, arguments)
         shared = _ALIGN_BYTES + stages * stage + _UNIT_BYTES * steps
         run(Launch((blocks, 1), _THREADS, shared, cluster=2 if pairs else 1, early=True), arguments)
 
@@ -182,9 +183,14 @@ class Tile:
         return max(busy)
 
 
-def _are_pairs(last: _Part, shares: int, blocks: int) -> bool:
+def _arranged_bytes(channels: int) -> int:
+    """Shared memory of two rows that are put in order: pieces change places, so the last eight channels are whole."""
+    return 4 * 8 * -(-channels // 8)
+
+
+def _are_pairs(last: _Part, blocks: int) -> bool:
     """Whether the last shares of blocks are those of tiles in two, so that two blocks of a cluster have one tile."""
-    return bool(last.splits == 2 and last.share % 2 == shares % 2 == blocks % 2 == 0)
+    return bool(last.splits == 2 and last.share % 2 == blocks % 2 == 0)
 
 
 @lru_cache(maxsize=64)
@@ -203,7 +209,7 @@ def tiles_for(x: Tensor, weight: PackedWeight) -> tuple[Tile, ...]:
 
 @lru_cache(maxsize=4096)
 def _tiles_for(count: int, row_tiles: int, channels: int, steps: int, processors: int) -> tuple[Tile, ...]:
-    if 4 * channels > _SHARED_BYTES:  # two rows of activations are put in order there
+    if _arranged_bytes(channels) > _SHARED_BYTES:  # two rows of activations are put in order there
         return ()
     times: dict[Tile, float] = {}
     for tokens in _TOKENS:

@@ -229,6 +229,13 @@ def test_long_rows_are_put_in_order_by_threads_that_have_more_of_them(calls: Cal
     assert [name for name, *_ in calls] == ["arrange_1", "tile", "arrange_3", "tile"]
 
 
+def test_all_of_the_last_piece_of_a_row_is_in_shared_memory(calls: Called) -> None:
+    """Channel 35 of 37 changes places with what is 16 bytes further on, as ``place_of`` of tile.cu says."""
+    multiply(tile.Tile(16, (tile.Part(5, 1),)), Layout(37, (3, 3), None), 16)
+    places = [channel * 4 ^ channel // 32 % 2 << 4 for channel in range(37)]
+    assert max(places) + 4 <= calls[0][2].shared
+
+
 def test_what_kernels_divide_by() -> None:
     """As ``divided`` of tile.cu does, by a product's upper half."""
     for tiles in (1, 2, 3, 5, 7, 1000):
