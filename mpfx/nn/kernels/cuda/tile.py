@@ -214,7 +214,8 @@ def _tiles_for(count: int, row_tiles: int, channels: int, steps: int, processors
     times: dict[Tile, float] = {}
     for tokens in _TOKENS:
         columns = -(-count // tokens)
-        if tokens <= count or tokens == _TOKENS[0]:
+        exact = columns * row_tiles * max(row_tiles, _MOST_SPLITS**2) < 1 << 32  # what `divided` of tile.cu finds
+        if exact and (tokens <= count or tokens == _TOKENS[0]):
             cuts = (Tile(tokens, parts) for parts in _cuts(row_tiles, columns, processors, steps))
             few = (tile for tile in cuts if tile.found_bytes(columns) <= _MOST_FOUND_BYTES)
             times |= {tile: tile.time(columns, steps, processors) for tile in few}

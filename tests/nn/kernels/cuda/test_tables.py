@@ -247,6 +247,12 @@ def test_what_kernels_divide_by() -> None:
                     assert quotient == dividend // divisor
 
 
+def test_more_tiles_than_kernels_can_number_are_not_tried() -> None:
+    """Of 150,000 rows of a weight times a million rows of activations."""
+    assert tile._tiles_for(1 << 16, 1200, 4096, 64, 132)
+    assert not tile._tiles_for(1 << 20, 1200, 4096, 64, 132)
+
+
 def test_orders_start_where_words_do() -> None:
     orders = torch.stack([torch.randperm(33).to(torch.uint16) for _ in range(3)])
     for order in orders:
