@@ -234,7 +234,9 @@ __device__ __forceinline__ void finish(const Site& a, const Lane& l, int warp, c
             if (a.bias) sum += to_float(__ldg((const Number*)a.bias + row));
             store(a.out, (size_t)b * a.w.rows + row, sum);
         }
-    if (splits > 1) cluster_barrier();  // nobody leaves while others read
+    if (splits == 1) return;
+    cluster_arrive_relaxed();
+    cluster_wait();  // nobody leaves while others read
 }
 
 // ---------------------------------------------------------------------------------------------------- kernel

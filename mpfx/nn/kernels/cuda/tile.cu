@@ -124,6 +124,20 @@ __device__ __forceinline__ void put_side_by_side(char* to, int channel, const ui
                                               __byte_perm(one.w, other.w, 0x5410), __byte_perm(one.w, other.w, 0x7632));
 }
 
+// Have the L2 cache read what is in memory, as far as it comes in whole pieces of 16 bytes.
+__device__ __forceinline__ void bring(const void* from, const void* to) {
+    const size_t first = (size_t)from & ~(size_t)15;
+    const u32 bytes = (u32)((size_t)to - first) & ~15u;
+    if (to > from && bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(bytes) : "memory");
+}
+
+// What all blocks of `tile` read first.
+__device__ __forceinline__ void bring_tables(const Args& a) {
+    bring(a.units, a.units + 2 * a.steps);
+    bring(a.w.group_scales, a.w.group_scales + a.w.grids);
+    bring(a.w.row_scales, a.w.row_scales + a.w.rows);
+}
+
 // A block has two rows of activations: what is not there is zero. A thread has AHEAD pieces of a row, all of which are on their way
 // at once, and as many more as it takes.
 template <int AHEAD>
@@ -131,6 +145,7 @@ __device__ __forceinline__ void arrange_rows(const Args& a) {
     extern __shared__ __align__(128) char shared[];  // of every channel, both rows
     wait_for_last();  // before the next one may start, which reads weights at once: whoever has written them is done
     let_next_start();
+    if (blockIdx.x == 0 && threadIdx.x == 0) bring_tables(a);
     const int token = 2 * blockIdx.x, row = token % TOKENS, steps = a.steps;
     Entries entries[AHEAD][4];
     auto load_order = [&](int i) {
@@ -491,6 +506,7 @@ struct Room {
     float* scales;   // of every segment: what all rows have of the step
     u32 full, ready, empty;  // barriers of every stage: it is copied; its grids are known; it may be written again
     u32 received;            // barriers: either half of what the other block of the cluster sends is there
+    u32 told;                // a barrier: what is `offered` is known
     volatile int* offered;   // the first one of two stages that the other block has for what this one sends
 };
 
@@ -614,13 +630,16 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // Tell the other block of the cluster where it may write, near the end of all this one does: the two stages that were copied first
-// are neither read any more nor written to. `stage`: the first one of them, or STAGES more.
+// are neither read any more nor written to, of which all warps' arrival tells. `stage`: the first one of them, or STAGES more.
 __device__ __forceinline__ void offer_room(const Room& room, int stage) {
+    const int other = cluster_rank() ^ 1;
     if (threadIdx.x == 0)
-        asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(in_block(address((const void*)room.offered), cluster_rank() ^ 1)),
-                     "r"(stage < STAGES ? stage : stage - STAGES)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                         in_block(address((const void*)room.offered), other)),
+                     "r"(stage < STAGES ? stage : stage - STAGES), "r"(in_block(room.told, other))
                      : "memory");
-    cluster_arrive();
+    __syncwarp();
+    cluster_arrive_relaxed();
 }
 
 // The warps that multiply: a step is unpacked while the other group multiplies. `last`: the stage of the step before, -1: there was
@@ -712,13 +731,41 @@ __device__ __forceinline__ bool add_up(const Args& a, const Share& share, u32& b
     return true;
 }
 
+// Where results go: a thread has two adjacent rows, so a warp 32 bytes of every row of activations.
+struct Results {
+    char* to;
+    int stride, left;
+    float bias[2];
+
+    __device__ __forceinline__ Results(const Args& a, const Share& share, const Lane& l) : bias{} {
+        const int row = share.tile * 128 + l.row, token = share.column * TOKENS + 2 * l.t;
+        const bool there = row < a.w.rows;
+        if (a.bias && there) bias[0] = to_float(((const Number*)a.bias)[row]), bias[1] = to_float(((const Number*)a.bias)[row + 1]);
+        to = (char*)a.out + ((size_t)token * a.w.rows + row) * sizeof(Number);
+        stride = a.w.rows * (int)sizeof(Number), left = there ? a.tokens - token : 0;
+        asm volatile("" : "+l"(to));
+    }
+
+    // Write a piece. As it is written here, it takes few instructions, which have not been fetched yet.
+    __device__ __forceinline__ void write(const float* piece, int i) const {
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            asm volatile("{\n.reg .pred p;\n.reg .b64 at;\nsetp.lt.s32 p, %3, %4;\nmad.wide.s32 at, %1, %3, %0;\n"
+                         "@p st.global.u32 [at], %2;\n}" ::"l"(to),
+                         "r"(stride), "r"(two_numbers(piece[e] * (1 / LARGER) + bias[0], piece[2 + e] * (1 / LARGER) + bias[1])),
+                         "r"(8 * i + e), "r"(left)
+                         : "memory");
+    }
+};
+
 // Two blocks of a cluster have multiplied the two shares of a tile, each at the end of its work: they send each other what half of
 // the rows of activations still lacks, which goes where room was offered. `stage`: the first one of the two that this block
 // offered; SENT, KEPT: where the halves are in `d`.
 template <int SENT, int KEPT>
-__device__ __forceinline__ void exchange(const Room& room, int stage, float (&d)[TOKENS / 2]) {
+__device__ __forceinline__ void exchange(const Room& room, int stage, float (&d)[TOKENS / 2], const Results& results) {
     static_assert(STAGES >= 3 && OF_STAGE * MULTIPLIERS * 16 <= STAGE_BYTES, "room for half of the results in two stages");
     auto place = [&](int stage) { return address(room.ring) + threadIdx.x * 16 + (stage < STAGES ? stage : 0) * STAGE_BYTES; };
+    wait(room.told, 0);
     const int theirs = *room.offered, others = cluster_rank() ^ 1;
     const u32 to[2] = {in_block(place(theirs), others), in_block(place(theirs + 1), others)};
     const u32 received[2] = {in_block(room.received, others), in_block(room.received + 8, others)};
@@ -737,41 +784,15 @@ __device__ __forceinline__ void exchange(const Room& room, int stage, float (&d)
         const float4 more = *(const float4*)__cvta_shared_to_generic(from[i / OF_STAGE] + i % OF_STAGE * MULTIPLIERS * 16);
         float* kept = d + KEPT + 4 * i;
         kept[0] += more.x, kept[1] += more.y, kept[2] += more.z, kept[3] += more.w;
+        results.write(kept, KEPT / 4 + i);
     }
-}
-
-// Write a tile of results, or the first or the second half of it: a thread has two adjacent rows, so a warp 32 bytes of every row
-// of activations.
-__device__ __forceinline__ void store(const Args& a, const Share& share, const Lane& l, const float (&d)[TOKENS / 2], bool first,
-                                      bool second) {
-    const int row = share.tile * 128 + l.row, token = share.column * TOKENS + 2 * l.t;
-    if (row >= a.w.rows) return;
-    float bias[2] = {};
-    if (a.bias) bias[0] = to_float(((const Number*)a.bias)[row]), bias[1] = to_float(((const Number*)a.bias)[row + 1]);
-    char* to = (char*)a.out + ((size_t)token * a.w.rows + row) * sizeof(Number);
-    const int stride = a.w.rows * (int)sizeof(Number), left = a.tokens - token;
-    asm volatile("" : "+l"(to));
-    auto store_piece = [&](int i) {  // as it is written here, it takes few instructions, which have not been fetched yet
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-            asm volatile("{\n.reg .pred p;\n.reg .b64 at;\nsetp.lt.s32 p, %3, %4;\nmad.wide.s32 at, %1, %3, %0;\n"
-                         "@p st.global.u32 [at], %2;\n}" ::"l"(to),
-                         "r"(stride), "r"(two_numbers(d[4 * i + e] * (1 / LARGER) + bias[0], d[4 * i + 2 + e] * (1 / LARGER) + bias[1])),
-                         "r"(8 * i + e), "r"(left)
-                         : "memory");
-    };
-    if (first)
-#pragma unroll
-        for (int i = 0; i < PIECES / 2; i++) store_piece(i);
-    if (second)
-#pragma unroll
-        for (int i = PIECES / 2; i < PIECES; i++) store_piece(i);
 }
 
 // The warps that multiply load the scales of all segments; those that find out grids wait for them.
 __device__ __forceinline__ void wait_for_scales() { asm volatile("bar.sync 2, %0;" ::"n"(MULTIPLIERS + 32 * PREPARERS) : "memory"); }
 
 __device__ __forceinline__ void load_scales(const Args& a, const Room& room) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * a.steps; i += MULTIPLIERS) {
         const int4 unit = room.units[i];
         room.scales[i] = unit.x > 0 && unit.x < 16 ? half_to_float(__ldg(a.w.group_scales + unit.z)) / ((1 << unit.x) - 1) : 0.0f;
@@ -781,7 +802,7 @@ __device__ __forceinline__ void load_scales(const Args& a, const Room& room) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_constant__ Args a) {
     extern __shared__ __align__(128) char shared[];  // more would be added to what the kernel declares itself
-    __shared__ __align__(8) unsigned long long barriers[3 * STAGES + 2];
+    __shared__ __align__(8) unsigned long long barriers[3 * STAGES + 3];
     __shared__ int offered;
     __shared__ u32 before;  // shares of a tile that had arrived when this one did
     Room room;
@@ -790,14 +811,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     room.scales = (float*)(room.units + 2 * a.steps);
     room.offered = &offered;
     room.full = address(barriers), room.ready = address(barriers + STAGES), room.empty = address(barriers + 2 * STAGES);
-    room.received = address(barriers + 3 * STAGES);
+    room.received = address(barriers + 3 * STAGES), room.told = room.received + 16;
+    // Few instructions, which nobody has fetched yet: loops are not unrolled, and the first units are on their way while barriers
+    // are made.
+    const int4 unit = __ldg(a.units + min((int)threadIdx.x, 2 * a.steps - 1));
     if (threadIdx.x % 32 == 0)  // a warp after the other would take several times as long
-        for (int i = threadIdx.x / 32; i < 3 * STAGES + 2; i += THREADS / 32)
+#pragma unroll 1
+        for (int i = threadIdx.x / 32; i < 3 * STAGES + 3; i += THREADS / 32)
             init(room.full + i * 8, i < STAGES ? 33 : i < 2 * STAGES ? 32 : i < 3 * STAGES ? MULTIPLIERS / 32 : 1);
-    for (int i = threadIdx.x; i < 2 * a.steps; i += THREADS) room.units[i] = __ldg(a.units + i);
+    if (threadIdx.x < 2 * a.steps) room.units[threadIdx.x] = unit;
+#pragma unroll 1
+    for (int i = threadIdx.x + THREADS; i < 2 * a.steps; i += THREADS) room.units[i] = __ldg(a.units + i);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
-    if (PAIRS) cluster_arrive();  // nobody writes to a block that has not started
+    if (PAIRS) cluster_arrive_relaxed();  // nobody writes to a block that has not started
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;
@@ -812,8 +839,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         const Lane l(threadIdx.x);
-        if (PAIRS && threadIdx.x < 2)
-            arrive_with(room.received + 8 * threadIdx.x, (threadIdx.x ? PIECES / 2 - OF_STAGE : OF_STAGE) * MULTIPLIERS * 16);
+        if (PAIRS && threadIdx.x == 0) {
+            arrive_with(room.received, OF_STAGE * MULTIPLIERS * 16);
+            arrive_with(room.received + 8, (PIECES / 2 - OF_STAGE) * MULTIPLIERS * 16);
+            arrive_with(room.told, 4);
+        }
         load_scales(a, room);
         if (PAIRS) cluster_wait();
         Turn turn;
@@ -826,11 +856,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
             multiply_share(room, share, l, turn, last, d, paired);
             wait_for_last();  // `arrange` has cleared the counters
             if (paired) {
-                cluster_wait();  // room has been offered
-                if (share.split == 0) exchange<TOKENS / 4, 0>(room, turn.stage, d);
-                else exchange<0, TOKENS / 4>(room, turn.stage, d);
-            } else if (share.splits > 1 && !add_up(a, share, before, d)) continue;
-            store(a, share, l, d, !paired || share.split == 0, !paired || share.split == 1);
+                cluster_wait();  // the other block reads no more of what it offers
+                const Results results(a, share, l);
+                if (share.split == 0) exchange<TOKENS / 4, 0>(room, turn.stage, d, results);
+                else exchange<0, TOKENS / 4>(room, turn.stage, d, results);
+            } else if (share.splits == 1 || add_up(a, share, before, d)) {
+                const Results results(a, share, l);
+#pragma unroll
+                for (int i = 0; i < PIECES; i++) results.write(d + 4 * i, i);
+            }
         }
     }
 }

@@ -350,8 +350,10 @@ def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest
 
 
 LATE_BLOCKS = {  # where a block of a cluster, or one of its warps, falls asleep
+    "starts": ("    if (PAIRS) cluster_arrive_relaxed();", "true"),
     "multiplies": ("        const Share share(a, i);\n            const bool paired", "true"),
-    "offers room": ('    if (threadIdx.x == 0)\n        asm volatile("st.shared::cluster.u32', "threadIdx.x / 32 == 5"),
+    "offers room": ("    const int other = cluster_rank() ^ 1;\n    if (threadIdx.x == 0)", "threadIdx.x / 32 == 5"),
+    "goes on": ("        paired = false, stop = share.steps;", "true"),
     "sends": ("    const int theirs = *room.offered", "threadIdx.x / 32 == 2"),
     "receives": ("    const u32 from[2]", "threadIdx.x / 32 == 7"),
 }
