@@ -235,8 +235,8 @@ __device__ __forceinline__ void finish(const Site& a, const Lane& l, int warp, c
             store(a.out, (size_t)b * a.w.rows + row, sum);
         }
     if (splits == 1) return;
-    cluster_arrive_relaxed();
-    cluster_wait();  // nobody leaves while others read
+    cluster_arrive_relaxed();  // what was read of others has been stored
+    cluster_wait();            // nobody leaves while others read
 }
 
 // ---------------------------------------------------------------------------------------------------- kernel

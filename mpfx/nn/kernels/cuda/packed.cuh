@@ -164,7 +164,7 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 // Without the promise that others see what was written before, for which a warp waits until memory has it all: who arrives only says
-// that it is there, or that it has read something.
+// that it is there, or that it has used what it read. (Of reads whose values nobody has waited for, this promises nothing either.)
 __device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -131,7 +131,7 @@ __device__ __forceinline__ void bring(const void* from, const void* to) {
     if (to > from && bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(bytes) : "memory");
 }
 
-// What all blocks of `tile` read first.
+// What blocks of `tile` read first.
 __device__ __forceinline__ void bring_tables(const Args& a) {
     bring(a.units, a.units + 2 * a.steps);
     bring(a.w.group_scales, a.w.group_scales + a.w.grids);
@@ -223,6 +223,7 @@ __device__ __forceinline__ void arrive_with(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// What other blocks have sent is in shared memory then, too: to acquire it from all of the cluster would only empty the L1 as well.
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(barrier),
@@ -630,7 +631,8 @@ __device__ __forceinline__ void settle(float (&d)[TOKENS / 2]) {
 }
 
 // Tell the other block of the cluster where it may write, near the end of all this one does: the two stages that were copied first
-// are neither read any more nor written to, of which all warps' arrival tells. `stage`: the first one of them, or STAGES more.
+// are written to no more, and products that read them are done, of which all warps' arrival tells. `stage`: the first one of
+// them, or STAGES more.
 __device__ __forceinline__ void offer_room(const Room& room, int stage) {
     const int other = cluster_rank() ^ 1;
     if (threadIdx.x == 0)
@@ -824,7 +826,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     for (int i = threadIdx.x + THREADS; i < 2 * a.steps; i += THREADS) room.units[i] = __ldg(a.units + i);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
-    if (PAIRS) cluster_arrive_relaxed();  // nobody writes to a block that has not started
+    if (PAIRS) cluster_arrive_relaxed();  // nobody writes to a block whose barriers are not there yet; this one's are, by the fence
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int warp = threadIdx.x / 32 - MULTIPLIERS / 32, lane = threadIdx.x % 32;

@@ -350,8 +350,12 @@ def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest
 
 
 LATE_BLOCKS = {  # where a block of a cluster, or one of its warps, falls asleep
-    "starts": ("    if (PAIRS) cluster_arrive_relaxed();", "true"),
+    "starts": ("    const int4 unit = __ldg(a.units + min(", "true"),
     "multiplies": ("        const Share share(a, i);\n            const bool paired", "true"),
+    "reads": (
+        "        wait(ready + turn.stage * 8, turn.parity);",
+        "threadIdx.x / 128 == 1 && k == max(share.steps - STAGES, 0)",
+    ),
     "offers room": ("    const int other = cluster_rank() ^ 1;\n    if (threadIdx.x == 0)", "threadIdx.x / 32 == 5"),
     "goes on": ("        paired = false, stop = share.steps;", "true"),
     "sends": ("    const int theirs = *room.offered", "threadIdx.x / 32 == 2"),
