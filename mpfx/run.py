@@ -75,7 +75,7 @@ def compress(config: RunConfig) -> Report:
         notes=[*_notes(config, callback.solved, allocation), *map(str, opaque_parts(gm))],
         config=_plain(config),
     )
-    session.ranks.once(lambda: _save_report(report, model_card(config.output, type(model).__name__, report), config))
+    session.ranks.once(lambda: _save_report(report, model_card(config.output, model, report), config))
     return report
 
 

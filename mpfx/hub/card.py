@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
+from mpfx.nn import has_masks
 from mpfx.report import Report, markdown
 
 CARD = "README.md"
@@ -14,15 +17,21 @@ _OURS = "<!-- Written by mpfx, which replaces this file; remove this line to kee
 
 _CAUSAL = "AutoModelForCausalLM"
 
+_FILLING = (
+    "Codes of weights that are left are stored under a bitmask. A GPU runs the model faster, in more memory, after "
+    "`mpfx.fill_masks(model)`: as if nothing were pruned, with the same weights."
+)
 
-def model_card(folder: str | os.PathLike[str], model_class: str, report: Report | None = None) -> str:
+
+def model_card(folder: str | os.PathLike[str], model: nn.Module, report: Report | None = None) -> str:
     """The text of a card.
 
     Args:
         folder: of the checkpoint; its name is the title.
-        model_class: name of the model's class in transformers.
+        model: one of transformers'.
         report: of the run that made it.
     """
+    model_class = type(model).__name__
     name = Path(folder).absolute().name
     parts = ["\n".join(_front_matter(model_class, report)), f"# {name}"]
     parts.append(
@@ -30,6 +39,8 @@ def model_card(folder: str | os.PathLike[str], model_class: str, report: Report 
         "With mpfx installed, transformers loads it, from this folder or from the Hub:"
     )
     parts.append(_usage(name, model_class))
+    if has_masks(model):
+        parts.append(_FILLING)
     if report is not None:
         parts += ["## Figures", *_figures(report)]
     return "\n\n".join([*parts, _OURS]) + "\n"

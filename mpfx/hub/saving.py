@@ -74,7 +74,7 @@ def save(
         _write_weights(tensors, shards, staged)
         if manifest.library is not None:
             save_config(model, manifest.quantization_config(), staged)
-            write_card(staged, folder, model_card(folder, type(model).__name__))
+            write_card(staged, folder, model_card(folder, model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staged))
         (staged / MANIFEST).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from mpfx.nn.layout import (
     permutation_bytes,
     stored_bytes,
 )
-from mpfx.nn.packed import InputGroup, MixedPrecisionLinear, fill_masks, join_input_groups, pack_permutation
+from mpfx.nn.packed import InputGroup, MixedPrecisionLinear, fill_masks, has_masks, join_input_groups, pack_permutation
 from mpfx.nn.packing import PackedWeight, QuantizedWeight, filled, own_order, pack, reordered_rows, unpack, validate
 from mpfx.nn.scales import CodedScales, Scales, decoded, scale_values
 
@@ -41,6 +41,7 @@ __all__ = [
     "decoded",
     "fill_masks",
     "filled",
+    "has_masks",
     "join_input_groups",
     "own_order",
     "pack",

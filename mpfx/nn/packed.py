@@ -31,6 +31,7 @@ def pack_permutation(order: Tensor) -> Tensor:
 class PackedModule(nn.Module):
     """What packed modules have in common: moved to another dtype, their scales stay what they are."""
 
+    mask: Tensor | None
     _known: Any  # packed weights over the module's buffers
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -69,6 +70,11 @@ def fill_masks(model: nn.Module) -> int:
         How many weights were filled; those of experts count one by one.
     """
     return sum(module.fill_mask() for module in model.modules() if isinstance(module, PackedModule))
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether there are weights under a bitmask, which :func:`fill_masks` would fill."""
+    return any(module.mask is not None for module in model.modules() if isinstance(module, PackedModule))
 
 
 class InputGroup:

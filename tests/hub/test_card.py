@@ -4,11 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import mpfx
 from mpfx.hub.card import CARD, model_card, write_card
 from mpfx.report import Report
 from tests.hub.models import own, pack_linears
+
+
+def named(name: str) -> nn.Module:
+    """A model of a class of this name, which is what a card knows of it."""
+    model: nn.Module = type(name, (nn.Module,), {})()
+    return model
+
+
+CAUSAL = named("LlamaForCausalLM")
 
 
 def report(model: str = "someone/a-model") -> Report:
@@ -38,6 +48,10 @@ def test_a_saved_model_has_a_card_that_loads_it(llama: Any, tmp_path: Path) -> N
     names: dict[str, Any] = {}
     exec("\n".join(lines[:4]).replace('"mine"', repr(str(tmp_path / "mine"))), names)
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
+    assert "mpfx.fill_masks(model)" in text.split("```")[2]
+    mpfx.fill_masks(names["model"])
+    mpfx.save(names["model"], tmp_path / "mine")
+    assert "fill_masks" not in (tmp_path / "mine" / CARD).read_text()
 
 
 def test_a_model_of_the_users_own_has_none(tmp_path: Path) -> None:
@@ -46,7 +60,7 @@ def test_a_model_of_the_users_own_has_none(tmp_path: Path) -> None:
 
 
 def test_figures_of_the_run() -> None:
-    text = model_card("out/small", "LlamaForCausalLM", report())
+    text = model_card("out/small", CAUSAL, report())
     assert "base_model: someone/a-model\n" in text
     assert "# small\n" in text
     assert "| perplexity | 20.000 | 21.000 | 1.050 |" in text
@@ -57,19 +71,19 @@ def test_figures_of_the_run() -> None:
 
 @pytest.mark.parametrize("model", ["smollm2-135m", "/data/a-model", "model.gguf", "a/b/c"])
 def test_what_is_not_on_the_hub_is_no_base_model(model: str) -> None:
-    assert "base_model" not in model_card("x", "LlamaForCausalLM", report(model))
+    assert "base_model" not in model_card("x", CAUSAL, report(model))
 
 
 def test_other_classes_are_loaded_as_themselves() -> None:
-    text = model_card("x", "LlamaForSequenceClassification")
+    text = model_card("x", named("LlamaForSequenceClassification"))
     assert 'LlamaForSequenceClassification.from_pretrained("x")' in text
     assert "pipeline_tag" not in text
 
 
 def test_a_card_of_the_users_stays(tmp_path: Path) -> None:
-    write_card(tmp_path, tmp_path, model_card(tmp_path, "LlamaForCausalLM"))
-    write_card(tmp_path, tmp_path, model_card(tmp_path, "LlamaForCausalLM", report()))
+    write_card(tmp_path, tmp_path, model_card(tmp_path, CAUSAL))
+    write_card(tmp_path, tmp_path, model_card(tmp_path, CAUSAL, report()))
     assert "4.250" in (tmp_path / CARD).read_text()
     (tmp_path / CARD).write_text("mine")
-    write_card(tmp_path, tmp_path, model_card(tmp_path, "LlamaForCausalLM"))
+    write_card(tmp_path, tmp_path, model_card(tmp_path, CAUSAL))
     assert (tmp_path / CARD).read_text() == "mine"
