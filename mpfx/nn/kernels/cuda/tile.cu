@@ -9,10 +9,9 @@
 // share, and copies ahead across their bounds: two warps fill a ring of shared memory with what each step needs: a tile of
 // activations, words, zero points, scales; two others find out the grid of every row, and one of these copies the activations that
 // the ring takes at once, when `arrange` has ended, which what is copied of weights does not wait for; two groups of four warps
-// multiply. Of a
-// tile that is shared out, each share leaves in memory what it found, and whoever comes last adds up: nobody waits for a block
-// that may not have been started yet. Two blocks of a cluster have been started, so if a tile's two shares are the last ones of
-// both, they send each other half of what they found.
+// multiply. Of a tile that is shared out, each share leaves in memory what it found, and whoever comes last adds up: nobody waits
+// for a block that may not have been started yet. Two blocks of a cluster have been started, so if a tile's two shares are the
+// last ones of both, they send each other half of what they found.
 //
 // Warp w of a group has the 32 rows 32w ... of a tile, of which each of its lanes (g, t) unpacks, as packed.cuh says, channels
 // 8t .. 8t+7 of two rows: 16m + 2g and 16m + 2g + 1, in group m. So the left operand of `wgmma`, from registers, has rows of the
@@ -24,7 +23,7 @@
 //   spelled out, 18 KB more, took 5 to 10 us longer, of 80.)
 // - with shared memory, which is busy for some 920 of the 1024 cycles that the products of a step take.
 // Of no use there: operands of the weight in shared memory, written by these or by other warps; a ring of its own for words;
-// activations that are sent to two blocks at once; groups that take turns.
+// activations that are sent to two blocks at once; groups that take turns; the first words in the L2 before they are asked for.
 //
 // Set by whoever compiles, besides what packed.cuh needs (but not how many channels there are): ORDER as in decode.cuh; TOKENS,
 // a multiple of 16 up to 256, and EIGHTS, how many times eight registers of each thread hold the results; STAGES of the ring;
@@ -806,6 +805,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tile(const __grid_const
     extern __shared__ __align__(128) char shared[];  // more would be added to what the kernel declares itself
     __shared__ __align__(8) unsigned long long barriers[3 * STAGES + 3];
     __shared__ int offered;
+    static_assert(sizeof(barriers) + sizeof(offered) + 4 <= 256, "tile.py leaves so much to what is declared here");
     __shared__ u32 before;  // shares of a tile that had arrived when this one did
     Room room;
     room.ring = shared + (1024 - (address(shared) & 1023) & 1023);

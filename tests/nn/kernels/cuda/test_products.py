@@ -324,6 +324,34 @@ def test_processors_take_one_share_after_the_other(
         assert torch.equal(results[-1], results[0])
 
 
+def check_with_threads_asleep(
+    cut: Tile,
+    x: Tensor,
+    packed: PackedWeight,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    where: str,
+    who: str,
+    nanoseconds: int,
+) -> None:
+    """The product stays the same, bit for bit, if some threads fall asleep before one place of the source."""
+    load = nvrtc._load
+
+    def product() -> Tensor:
+        out = torch.empty(len(x), packed.out_features, dtype=x.dtype, device=x.device)
+        cut.multiply(x, packed, None, None, out)
+        return out
+
+    def slow(source: str, *options: Any) -> nvrtc.Kernel:
+        assert source.count(where) == 1
+        return load(source.replace(where, f"if ({who}) __nanosleep({nanoseconds});\n{where}"), *options)
+
+    expected = product()
+    monkeypatch.setattr(nvrtc, "_load", slow)
+    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
+    assert torch.equal(product(), expected)
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("late", [0, 1])
 def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,22 +359,10 @@ def test_tiles_wait_for_a_warp_that_prepares_late(late: int, monkeypatch: pytest
     packed = on_device(pack(random_weight(LAYOUTS[-1], 512, coded=True)))
     x = torch.randn(256, 4096, dtype=torch.bfloat16, device="cuda")
     monkeypatch.setattr("mpfx.nn.kernels.cuda.tile._processors", lambda _: 1)
-    load, waits = nvrtc._load, "wait(room.full + turn.stage * 8, turn.parity);"
-
-    def product() -> Tensor:
-        out = torch.empty(256, 512, dtype=torch.bfloat16, device="cuda")
-        Tile(256, (Part(4, 8),)).multiply(x, packed, None, None, out)
-        return out
-
-    def slow(source: str, *options: Any) -> nvrtc.Kernel:
-        assert source.count(waits) == 1
-        nap = f"if (k == share.steps - 1 && first == {late}) __nanosleep(50000);\n"
-        return load(source.replace(waits, nap + waits), *options)
-
-    expected = product()
-    monkeypatch.setattr(nvrtc, "_load", slow)
-    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
-    assert torch.equal(product(), expected)
+    waits, who = "wait(room.full + turn.stage * 8, turn.parity);", f"k == share.steps - 1 && first == {late}"
+    check_with_threads_asleep(
+        Tile(256, (Part(4, 8),)), x, packed, monkeypatch, where=waits, who=who, nanoseconds=50_000
+    )
 
 
 LATE_BLOCKS = {  # where a block of a cluster, or one of its warps, falls asleep
@@ -374,22 +390,11 @@ def test_two_blocks_that_have_a_tile_wait_for_each_other(
     layout = Layout(64 * steps, LAYOUTS[-1].widths[: 2 * steps], 64)
     packed = on_device(pack(random_weight(layout, 512, coded=True)))
     x = torch.randn(tokens, layout.in_features, dtype=torch.bfloat16, device="cuda")
-    load, (where, who) = nvrtc._load, LATE_BLOCKS[late]
-
-    def product() -> Tensor:
-        out = torch.empty(tokens, 512, dtype=torch.bfloat16, device="cuda")
-        Tile(tokens, (Part(4, 2),)).multiply(x, packed, None, None, out)
-        return out
-
-    def slow(source: str, *options: Any) -> nvrtc.Kernel:
-        assert source.count(where) == 1
-        nap = f"if (cluster_rank() == {rank} && {who}) __nanosleep(100000);\n"
-        return load(source.replace(where, nap + where), *options)
-
-    expected = product()
-    monkeypatch.setattr(nvrtc, "_load", slow)
-    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
-    assert torch.equal(product(), expected)
+    where, who = LATE_BLOCKS[late]
+    who = f"cluster_rank() == {rank} && {who}"
+    check_with_threads_asleep(
+        Tile(tokens, (Part(4, 2),)), x, packed, monkeypatch, where=where, who=who, nanoseconds=100_000
+    )
 
 
 @pytest.mark.usefixtures("hopper")
@@ -468,21 +473,8 @@ def test_tiles_wait_for_a_step_that_comes_late(tokens: int, monkeypatch: pytest.
     """Rings of five stages and of six; all that is copied ahead, but for the first step, is there before that."""
     packed = on_device(pack(random_weight(LAYOUTS[-1], 256, coded=True)))
     x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
-    cut, load, copied = Tile(tokens, (Part(2, 1),)), nvrtc._load, "arrive_when_copied(full);"
-
-    def product() -> Tensor:
-        out = torch.empty(tokens, 256, dtype=torch.bfloat16, device="cuda")
-        cut.multiply(x, packed, None, None, out)
-        return out
-
-    def late(source: str, *options: Any) -> nvrtc.Kernel:
-        assert source.count(copied) == 1
-        return load(source.replace(copied, f"if (count == 0) __nanosleep(200000);\n{copied}"), *options)
-
-    expected = product()
-    monkeypatch.setattr(nvrtc, "_load", late)
-    monkeypatch.setattr("mpfx.nn.kernels.cuda.tile.kernel", nvrtc.kernel.__wrapped__)
-    assert torch.equal(product(), expected)
+    cut, copied = Tile(tokens, (Part(2, 1),)), "arrive_when_copied(full);"
+    check_with_threads_asleep(cut, x, packed, monkeypatch, where=copied, who="count == 0", nanoseconds=200_000)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e30])
